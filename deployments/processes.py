@@ -1,0 +1,143 @@
+"""Whole process trees on one machine: start them detached, know them again, end them without leaving a rest.
+
+A pid alone names nobody: it is used again. An `Identity` is the pid with the kernel's own start mark, so it stays true
+after a crash of ours, a reboot or a step of the clock. A tree is more than parent links: torchrun gives each worker a
+session of its own and a killed parent hands its children to init, so what we start carries a mark in its environment,
+which its descendants inherit. Used by laptop.py (jobs) and services.py (servers).
+Not covered: processes of other users, and programs that wipe their environment after a double fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def start_mark(pid: int) -> str:
+    """What tells this process from a later one with the same pid; empty if it is gone or a zombie."""
+    if sys.platform == "linux":
+        try:
+            # The name, in brackets, may hold spaces and brackets: count fields behind the last one.
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            boot = _BOOT.read_text()[:8] if _BOOT.exists() else ""
+        except (OSError, IndexError):
+            return ""
+        return "" if len(fields) < 20 or fields[0] in (b"Z", b"X") else f"{boot}:{int(fields[19])}"
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+    except psutil.Error:
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """One process, for good: its pid and its start mark."""
+
+    pid: int
+    start: str
+
+    @classmethod
+    def of(cls, pid: int) -> Identity:
+        """The process that has this pid now; one that is gone is an identity that is not alive."""
+        return cls(pid=pid, start=start_mark(pid))
+
+    def alive(self) -> bool:
+        """It runs still. A child of ours that has ended is collected, so that it does not stay a zombie."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+        return bool(self.start) and start_mark(self.pid) == self.start
+
+
+def spawn(argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> Identity:
+    """Start a program that outlives us: own session, no terminal, output appended to `log`. Raises OSError.
+
+    posix_spawn instead of subprocess, because nobody holds a handle: whoever comes later finds it by its identity.
+    """
+    pid = os.posix_spawnp(
+        argv[0],
+        list(argv),
+        dict(env),
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+        setsigmask=[],
+        # What Python or a nohup above us ignores must not be ignored in there.
+        setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT],
+    )
+    return Identity.of(pid)
+
+
+def marks(variable: str) -> dict[int, str]:
+    """pid -> value, for every process we may look into that has `variable` in its environment; never ourselves."""
+    import psutil
+
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            value = process.environ().get(variable)
+            if value is not None and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = value
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Its direct children that live."""
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(pid).children() if start_mark(child.pid)]
+    except psutil.Error:
+        return []
+
+
+def tree(variable: str, value: str, roots: Iterable[int] = ()) -> set[int]:
+    """Every process with the mark, the given roots, and all their descendants; never ourselves."""
+    import psutil
+
+    top = {pid for pid, found in marks(variable).items() if found == value}
+    top |= {pid for pid in roots if start_mark(pid)}
+    whole = set(top)
+    for pid in top:
+        with contextlib.suppress(psutil.Error):
+            whole |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
+    return {pid for pid in whole - {os.getpid()} if start_mark(pid)}
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    """Signal each that is there still."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def kill_tree(variable: str, value: str, *, roots: Iterable[int] = (), spare: Iterable[int] = ()) -> set[int]:
+    """SIGKILL the tree until nothing of it is left, for 5 s at most. Returns the pids that were there.
+
+    In rounds, since what is killed may just have started something. `spare` is left alone (a job's supervisor, which
+    then tells the exit code).
+    """
+    killed: set[int] = set()
+    roots, kept = list(roots), set(spare)
+    until = time.monotonic() + 5
+    while (left := tree(variable, value, roots) - kept) and time.monotonic() < until:
+        # A tree's own order does not matter to SIGKILL, but parents first leave no one to restart a worker.
+        send(sorted(left), signal.SIGKILL)
+        killed |= left
+        gone = time.monotonic() + 0.5
+        while any(Identity.of(pid).alive() for pid in left) and time.monotonic() < gone:
+            time.sleep(0.005)
+    return killed
