@@ -15,21 +15,10 @@ from flows.toml_lines import KeyPath
 _REFERENCE = re.compile(r"\$\{([^}]*)\}?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_WORDS = frozenset(
-    {
-        "token",
-        "secret",
-        "password",
-        "passwd",
-        "passphrase",
-        "apikey",
-        "credential",
-        "credentials",
-    }
+    {"token", "secret", "password", "passwd", "passphrase", "apikey", "credential", "credentials"}
 )
 _SECRET_KEYS = ("api_key", "access_key", "private_key", "secret_key", "auth_key")
-_VOCABULARY = frozenset(
-    {"pad", "eos", "bos", "unk", "sep", "cls", "mask"}
-)  # pad_token is a word of language models
+_VOCABULARY = frozenset({"pad", "eos", "bos", "unk", "sep", "cls", "mask"})  # pad_token is a word of language models
 _SECRET_VALUES = re.compile(
     r"(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
@@ -46,15 +35,9 @@ def is_literal_secret(path: KeyPath, value: Any) -> bool:
         return False
     if _SECRET_VALUES.search(value):
         return True
-    key = (
-        next((str(p) for p in reversed(path) if isinstance(p, str)), "")
-        .lower()
-        .replace("-", "_")
-    )
+    key = next((str(p) for p in reversed(path) if isinstance(p, str)), "").lower().replace("-", "_")
     words = key.split("_")
-    named = any(w in _SECRET_WORDS for w in words) or any(
-        k in key for k in _SECRET_KEYS
-    )
+    named = any(w in _SECRET_WORDS for w in words) or any(k in key for k in _SECRET_KEYS)
     if not named or _VOCABULARY & set(words):
         return False
     whole = _REFERENCE.fullmatch(value)
@@ -67,13 +50,9 @@ def expand(value: str, environment: Mapping[str, str]) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match[1]
         if not match[0].endswith("}") or not _NAME.fullmatch(name):
-            raise ValueError(
-                "expected an environment reference written ${NAME}: letters, digits and _ in braces"
-            )
+            raise ValueError("expected an environment reference written ${NAME}: letters, digits and _ in braces")
         if name not in environment:
-            raise ValueError(
-                f"expected the environment variable {name} to be set; set it: export {name}=..."
-            )
+            raise ValueError(f"expected the environment variable {name} to be set; set it: export {name}=...")
         return environment[name]
 
     return _REFERENCE.sub(fill, value)

@@ -14,35 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from deployments.errors import ConfigError
-from flows.quantities import (
-    Interruption,
-    parse_duration,
-    parse_interruption,
-    parse_memory,
-)
+from flows.quantities import Interruption, parse_duration, parse_interruption, parse_memory
 from flows.settings_errors import check, did_you_mean, read_toml
 
-PLACES = (
-    Path(__file__).resolve().parent.parent / "deployments"
-)  # the places shipped with Reprise
-STEPS = (
-    "pull_data",
-    "train_model",
-    "register_model",
-    "package_model",
-    "deploy_model",
-    "check_endpoint",
-)
+PLACES = Path(__file__).resolve().parent.parent / "deployments"  # the places shipped with Reprise
+STEPS = ("pull_data", "train_model", "register_model", "package_model", "deploy_model", "check_endpoint")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
 
@@ -62,7 +41,7 @@ def _tuple(value: Any) -> Any:
 
 def _scalar(value: Any) -> Any:
     if not isinstance(value, str | int | float | bool):
-        raise ValueError("expected text, a number, true or false")  # noqa: TRY004 -- pydantic collects ValueError only
+        raise ValueError("expected text, a number, true or false")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("expected a finite number, not nan or inf")
     return value
@@ -72,31 +51,19 @@ def _relative(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     path = PurePosixPath(value)
-    if (
-        not value
-        or path.is_absolute()
-        or value.startswith("-")
-        or "\\" in value
-        or "\0" in value
-    ):
-        raise ValueError(
-            "expected a path relative to the folder of pipeline.toml, with forward slashes"
-        )
+    if not value or path.is_absolute() or value.startswith("-") or "\\" in value or "\0" in value:
+        raise ValueError("expected a path relative to the folder of pipeline.toml, with forward slashes")
     return value
 
 
 def _inside(value: Any) -> Any:
     if isinstance(_relative(value), str) and ".." in PurePosixPath(value).parts:
-        raise ValueError(
-            "expected a path inside the folder of pipeline.toml, without '..'"
-        )
+        raise ValueError("expected a path inside the folder of pipeline.toml, without '..'")
     return value
 
 
 def _python_file(value: Any) -> Any:
-    if isinstance(_inside(value), str) and not (
-        value.endswith(".py") and PurePosixPath(value).stem.isidentifier()
-    ):
+    if isinstance(_inside(value), str) and not (value.endswith(".py") and PurePosixPath(value).stem.isidentifier()):
         raise ValueError('expected the name of a Python file such as "digits.py"')
     return value
 
@@ -105,14 +72,10 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Duration = Annotated[
-    float, BeforeValidator(parse_duration)
-]  # seconds; "10m" in the file
+Duration = Annotated[float, BeforeValidator(parse_duration)]  # seconds; "10m" in the file
 Memory = Annotated[str, BeforeValidator(_memory)]  # Kubernetes quantity
 Port = Annotated[int, Field(ge=1024, le=65535)]
-DataPath = Annotated[
-    str, BeforeValidator(_relative)
-]  # may lead up, as long as it stays inside the repository
+DataPath = Annotated[str, BeforeValidator(_relative)]  # may lead up, as long as it stays inside the repository
 CodePath = Annotated[str, BeforeValidator(_inside)]
 PythonFile = Annotated[str, BeforeValidator(_python_file)]
 Scalar = Annotated[Any, BeforeValidator(_scalar)]
@@ -132,8 +95,8 @@ class PipelineSection(_Section):
     def _fits_everywhere(cls, value: str) -> str:
         if not _NAME.fullmatch(value):
             raise ValueError(
-                "expected 1 to 40 characters a-z, 0-9 and '-', first a letter, last no '-' (one name for the MLflow "
-                "model, the TorchServe model and Kubernetes labels, whose 63 characters also hold the step and its key); "
+                "expected 1 to 40 characters a-z, 0-9 and '-', first a letter, last no '-' (one name for MLflow, "
+                "TorchServe and Kubernetes, whose labels of 63 characters also hold the step and its key); "
                 f'write: name = "{slug(value)}"'
             )
         return value
@@ -151,9 +114,7 @@ class ModelSettings(_Section):
     """[model]: the user's code."""
 
     module: PythonFile
-    files: Annotated[
-        tuple[CodePath, ...], BeforeValidator(_tuple)
-    ] = ()  # whatever else the module reads or imports
+    files: Annotated[tuple[CodePath, ...], BeforeValidator(_tuple)] = ()  # whatever else the module reads or imports
 
 
 class CheckpointSettings(_Section):
@@ -171,9 +132,7 @@ class CheckpointSettings(_Section):
     def _not_below_min(cls, value: float, info: ValidationInfo) -> float:
         least = info.data.get("min_interval")
         if least is not None and value < least:
-            raise ValueError(
-                f"expected at least min_interval, {least:g} s; raise max_interval or lower min_interval"
-            )
+            raise ValueError(f"expected at least min_interval, {least:g} s; raise max_interval or lower min_interval")
         return value
 
     @field_validator("mtbf")
@@ -222,21 +181,8 @@ class TrainSettings(_Section):
 
     def deciding(self) -> dict[str, Any]:
         """What decides the weights, for the step key: the budgets, deadline and checkpoint policy do not."""
-        names = (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "seed",
-            "precision",
-            "compile",
-            "parallel",
-            "threads",
-            "params",
-        )
-        return {
-            "shards": self.shards or self.workers,
-            **{name: getattr(self, name) for name in names},
-        }
+        names = ("epochs", "batch_size", "accumulate", "seed", "precision", "compile", "parallel", "threads", "params")
+        return {"shards": self.shards or self.workers, **{name: getattr(self, name) for name in names}}
 
 
 class GateSettings(_Section):
@@ -252,9 +198,7 @@ class GateSettings(_Section):
     @classmethod
     def _metric_name(cls, value: str) -> str:
         if not _METRIC.fullmatch(value):
-            raise ValueError(
-                "expected the name of a metric: letters, digits, '_', '-' and '.', first a letter"
-            )
+            raise ValueError("expected the name of a metric: letters, digits, '_', '-' and '.', first a letter")
         return value
 
 
@@ -273,9 +217,7 @@ class ServeSettings(_Section):
     @classmethod
     def _whole_seconds(cls, value: float) -> float:
         if value < 1:
-            raise ValueError(
-                "expected at least 1s: TorchServe counts its timeout in whole seconds"
-            )
+            raise ValueError("expected at least 1s: TorchServe counts its timeout in whole seconds")
         return value
 
 
@@ -316,7 +258,7 @@ class PipelineSettings(_Section):
 
 
 class PortSettings(_Section):
-    """[ports] of a laptop: all on loopback. TorchServe needs the last three as well, and one per worker from `workers`."""
+    """[ports] of a laptop: all on loopback. TorchServe takes the last three too, one a worker from `workers`."""
 
     prefect: Port = 14200
     mlflow: Port = 15000
@@ -330,11 +272,7 @@ class PortSettings(_Section):
     @field_validator("*")
     @classmethod
     def _distinct(cls, value: int, info: ValidationInfo) -> int:
-        if (
-            other := next(
-                (name for name, port in info.data.items() if port == value), None
-            )
-        ) is not None:
+        if (other := next((name for name, port in info.data.items() if port == value), None)) is not None:
             raise ValueError(f"expected a port of its own; {other} has {value} already")
         return value
 
@@ -344,20 +282,17 @@ class SpotSettings(_Section):
 
     grace: Duration = 10.0  # seconds from notice (SIGTERM) to the end (SIGKILL)
     interruptions: Annotated[
-        tuple[Annotated[Interruption, BeforeValidator(parse_interruption)], ...],
-        BeforeValidator(_tuple),
+        tuple[Annotated[Interruption, BeforeValidator(parse_interruption)], ...], BeforeValidator(_tuple)
     ] = ()  # ["notice@35%", "kill@70%"]
 
 
 class StepResources(_Section):
-    """[resources.STEP]: what a step asks for. A laptop reads and checks them and ignores them: its steps share the machine."""
+    """[resources.STEP]: what a step asks for. A laptop checks them and ignores them: its steps share the machine."""
 
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     memory: Memory = "1Gi"
     gpus: CountOrZero = 0
-    shm: Annotated[str, BeforeValidator(_memory_or_none)] = (
-        ""  # size of /dev/shm; empty: the container's own 64Mi
-    )
+    shm: Annotated[str, BeforeValidator(_memory_or_none)] = ""  # size of /dev/shm; empty: the container's own 64Mi
 
 
 class ResourceSettings(_Section):
@@ -375,9 +310,7 @@ class PlaceSection(_Section):
     """[place]"""
 
     kind: Literal["laptop"]
-    state: Annotated[str, Field(min_length=1)] = (
-        ".reprise"  # folder for services, jobs, store, cache and data
-    )
+    state: Annotated[str, Field(min_length=1)] = ".reprise"  # folder for services, jobs, store, cache and data
 
 
 class _PlaceFile(_Section):
@@ -400,20 +333,14 @@ class PlaceSettings(_Section):
 
 def slug(name: str) -> str:
     """The nearest name that MLflow, TorchServe and Kubernetes all take."""
-    plain = (
-        unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    )
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     plain = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
     plain = plain if plain[:1].isalpha() else f"m-{plain}".rstrip("-")
     return plain[:40].rstrip("-")
 
 
 def load_pipeline(
-    source: Path | str,
-    *,
-    source_name: str | None = None,
-    overrides: Sequence[str] = (),
-    file: Path | None = None,
+    source: Path | str, *, source_name: str | None = None, overrides: Sequence[str] = (), file: Path | None = None
 ) -> PipelineSettings:
     """Check a pipeline file: a Path is read, a str is the TOML text itself (from git, say).
 
@@ -421,25 +348,11 @@ def load_pipeline(
     the project folder; `overrides` are "train.epochs=3". Raises ConfigError with all mistakes, a line each.
     """
     place = file or (source if isinstance(source, Path) else Path("pipeline.toml"))
-    text = (
-        _text(source, source_name or str(source), what="a pipeline file")
-        if isinstance(source, Path)
-        else source
-    )
-    read = read_toml(
-        text,
-        source_name or str(place),
-        overrides,
-        example='[pipeline]\nname = "digits"',
-    )
+    text = _text(source, source_name or str(source), what="a pipeline file") if isinstance(source, Path) else source
+    read = read_toml(text, source_name or str(place), overrides, example='[pipeline]\nname = "digits"')
     checked = check(_PipelineFile, read)
-    sections = {
-        name: getattr(checked, name)
-        for name in ("data", "model", "train", "gate", "serve", "check")
-    }
-    return PipelineSettings(
-        name=checked.pipeline.name, file=place.absolute(), **sections
-    )
+    sections = {name: getattr(checked, name) for name in ("data", "model", "train", "gate", "serve", "check")}
+    return PipelineSettings(name=checked.pipeline.name, file=place.absolute(), **sections)
 
 
 def load_place(place: Path | str, folder: Path) -> PlaceSettings:
@@ -450,14 +363,7 @@ def load_place(place: Path | str, folder: Path) -> PlaceSettings:
     path = Path(place)
     if path.suffix != ".toml":
         known = sorted({p.stem for p in PLACES.glob("*.toml")})
-        path = next(
-            (
-                p
-                for p in (folder / f"{place}.toml", PLACES / f"{place}.toml")
-                if p.is_file()
-            ),
-            path,
-        )
+        path = next((p for p in (folder / f"{place}.toml", PLACES / f"{place}.toml") if p.is_file()), path)
         if path.suffix != ".toml":
             raise ConfigError(
                 f"place {str(place)!r} is not known{did_you_mean(str(place), known)}; "
@@ -465,12 +371,7 @@ def load_place(place: Path | str, folder: Path) -> PlaceSettings:
             )
     checked = check(
         _PlaceFile,
-        read_toml(
-            _text(path, str(path), what="a place file"),
-            str(path),
-            (),
-            example='[place]\nkind = "laptop"',
-        ),
+        read_toml(_text(path, str(path), what="a place file"), str(path), (), example='[place]\nkind = "laptop"'),
     )
     return PlaceSettings(
         kind=checked.place.kind,
@@ -488,9 +389,7 @@ def find_pipeline(start: Path) -> Path:
     for folder in (start, *start.parents):
         if (found := folder / "pipeline.toml").is_file():
             return found
-        if (
-            folder / ".git"
-        ).exists():  # a pipeline belongs to its repository: do not look into whatever is around it
+        if (folder / ".git").exists():  # a pipeline belongs to its repository: do not look into whatever is around it
             break
     if (found := start / "demo" / "pipeline.toml").is_file():
         return found
@@ -504,18 +403,10 @@ def _text(path: Path, name: str, *, what: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{name}: no such file; expected {what}; give another with its path, or make one"
-        ) from None
+        raise ConfigError(f"{name}: no such file; expected {what}; give another with its path, or make one") from None
     except IsADirectoryError:
-        raise ConfigError(
-            f"{name}: is a folder; expected {what}; name the file in it"
-        ) from None
+        raise ConfigError(f"{name}: is a folder; expected {what}; name the file in it") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{name}: byte {error.start} is not UTF-8; expected {what}, which is UTF-8 text"
-        ) from None
+        raise ConfigError(f"{name}: byte {error.start} is not UTF-8; expected {what}, which is UTF-8 text") from None
     except OSError as error:
-        raise ConfigError(
-            f"{name}: cannot be read ({error.strerror}); expected {what}"
-        ) from None
+        raise ConfigError(f"{name}: cannot be read ({error.strerror}); expected {what}") from None

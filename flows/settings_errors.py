@@ -53,40 +53,20 @@ class SettingsText:
     name: str
     raw: dict[str, Any]  # as written, overrides included
     lines: dict[KeyPath, int]
-    overrides: dict[KeyPath, str] = field(
-        default_factory=dict
-    )  # path -> "train.epochs=3"
+    overrides: dict[KeyPath, str] = field(default_factory=dict)  # path -> "train.epochs=3"
 
     def say(self, path: KeyPath, expected: str) -> Problem:
         """One mistake: its line, and the message with place, key and the value as it stands in the file."""
         found = _lookup(self.raw, path)
-        value = (
-            ""
-            if found is _MISSING or isinstance(found, Mapping)
-            else f" = {_shown(path, found)}"
-        )
+        value = "" if found is _MISSING or isinstance(found, Mapping) else f" = {_shown(path, found)}"
         if (override := self.overrides.get(path)) is not None:
             return 0, f"--set {override.partition('=')[0]}{value}: {expected}"
-        line = next(
-            (
-                self.lines[path[:n]]
-                for n in range(len(path), 0, -1)
-                if path[:n] in self.lines
-            ),
-            1,
-        )
-        top = (
-            len(path) == 1 and found is not _MISSING and not isinstance(found, Mapping)
-        )
-        return (
-            line,
-            f"{self.name}:{line}: {path[0] if top else _dotted(path)}{value}: {expected}",
-        )
+        line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 1)
+        top = len(path) == 1 and found is not _MISSING and not isinstance(found, Mapping)
+        return (line, f"{self.name}:{line}: {path[0] if top else _dotted(path)}{value}: {expected}")
 
 
-def read_toml(
-    text: str, name: str, overrides: Sequence[str], *, example: str
-) -> SettingsText:
+def read_toml(text: str, name: str, overrides: Sequence[str], *, example: str) -> SettingsText:
     """Parse a settings text and lay `overrides` over it. Raises ConfigError for broken TOML and bad overrides."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if not text.strip():
@@ -96,9 +76,7 @@ def read_toml(
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(_broken(text, name, str(error))) from None
     if not raw:
-        raise ConfigError(
-            f"{name}:1: the file holds nothing but comments; expected at least:\n{example}"
-        )
+        raise ConfigError(f"{name}:1: the file holds nothing but comments; expected at least:\n{example}")
     overridden: dict[KeyPath, str] = {}
     for override in overrides:
         overridden[_lay(raw, override)] = override
@@ -116,11 +94,7 @@ def check(model: type[Model], read: SettingsText) -> Model:
         for detail in error.errors(include_url=False):
             problems.setdefault(detail["loc"], _explain(model, read, detail))
     if problems or checked is None:
-        raise ConfigError(
-            "\n".join(
-                message for _, message in sorted(problems.values(), key=lambda p: p[0])
-            )
-        )
+        raise ConfigError("\n".join(message for _, message in sorted(problems.values(), key=lambda p: p[0])))
     return checked
 
 
@@ -130,9 +104,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
-def _filled(
-    read: SettingsText, value: Any, path: KeyPath, problems: dict[KeyPath, Problem]
-) -> Any:
+def _filled(read: SettingsText, value: Any, path: KeyPath, problems: dict[KeyPath, Problem]) -> Any:
     if isinstance(value, Mapping):
         return {k: _filled(read, v, (*path, k), problems) for k, v in value.items()}
     if isinstance(value, list):
@@ -140,12 +112,9 @@ def _filled(
     if not isinstance(value, str):
         return value
     if is_literal_secret(path, value):
-        variable = re.sub(
-            r"\W", "_", str(next(p for p in reversed(path) if isinstance(p, str)))
-        ).upper()
+        variable = re.sub(r"\W", "_", str(next(p for p in reversed(path) if isinstance(p, str)))).upper()
         problems[path] = read.say(
-            path,
-            f'expected no secret in a file that git keeps; put it in the environment and write "${{{variable}}}"',
+            path, f'expected no secret in a file that git keeps; put it in the environment and write "${{{variable}}}"'
         )
         return value
     try:
@@ -155,35 +124,22 @@ def _filled(
         return value
 
 
-def _explain(
-    model: type[BaseModel], read: SettingsText, error: ErrorDetails
-) -> Problem:
+def _explain(model: type[BaseModel], read: SettingsText, error: ErrorDetails) -> Problem:
     path, kind, context = error["loc"], error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return read.say(
-            path,
-            _unknown(model, path, section=isinstance(_lookup(read.raw, path), Mapping)),
-        )
+        return read.say(path, _unknown(model, path, section=isinstance(_lookup(read.raw, path), Mapping)))
     if kind == "missing":
         if len(path) == 1:
             inner = _model_at(model, path)
-            keys = (
-                [n for n, f in inner.model_fields.items() if f.is_required()]
-                if inner
-                else []
-            )
-            return read.say(
-                path, f"expected this section, with {' and '.join(keys)}; add it"
-            )
+            keys = [n for n, f in inner.model_fields.items() if f.is_required()] if inner else []
+            return read.say(path, f"expected this section, with {' and '.join(keys)}; add it")
         return read.say(path, f"expected this key; add: {path[-1]} = ...")
     if kind == "value_error":
         return read.say(path, str(context["error"]))
     found = _lookup(read.raw, path)
     expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else error["msg"]
     if kind in ("int_type", "float_type", "bool_type") and isinstance(found, str):
-        expected += ", without quotes" + (
-            "; an environment reference is always text" if "${" in found else ""
-        )
+        expected += ", without quotes" + ("; an environment reference is always text" if "${" in found else "")
     return read.say(path, expected)
 
 
@@ -192,11 +148,7 @@ def _unknown(model: type[BaseModel], path: KeyPath, *, section: bool) -> str:
     known = list(parent.model_fields) if parent else []
     hint = did_you_mean(word, known)
     if not hint:
-        homes = [
-            p
-            for p in _sections(model)
-            if (m := _model_at(model, p)) and word in m.model_fields
-        ]
+        homes = [p for p in _sections(model) if (m := _model_at(model, p)) and word in m.model_fields]
         hint = f"; it belongs in {_dotted(homes[0])}" if homes else ""
     kind = "section" if section and len(path) == 1 else "key"
     return f"unknown {kind}{hint}; expected one of: {', '.join(known)}"
@@ -205,10 +157,7 @@ def _unknown(model: type[BaseModel], path: KeyPath, *, section: bool) -> str:
 def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     for part in path:
         found = model.model_fields.get(str(part))
-        if found is None or not (
-            isinstance(found.annotation, type)
-            and issubclass(found.annotation, BaseModel)
-        ):
+        if found is None or not (isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel)):
             return None
         model = found.annotation
     return model
@@ -235,11 +184,7 @@ def _dotted(path: KeyPath) -> str:
     """("train", "params", "width") -> "[train.params] width"; a lone section -> "[train]"."""
     keys = [str(p) for p in path if isinstance(p, str)]
     element = "".join(f"[{p}]" for p in path if isinstance(p, int))
-    return (
-        f"[{'.'.join(keys[:-1])}] {keys[-1]}{element}"
-        if len(keys) > 1
-        else f"[{keys[0]}]{element}"
-    )
+    return f"[{'.'.join(keys[:-1])}] {keys[-1]}{element}" if len(keys) > 1 else f"[{keys[0]}]{element}"
 
 
 def _shown(path: KeyPath, value: Any) -> str:
@@ -258,17 +203,13 @@ def _lay(raw: dict[str, Any], override: str) -> KeyPath:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals or not _PATH.fullmatch(dotted):
-        raise ConfigError(
-            f"--set {override}: expected section.key=value; for instance --set train.epochs=3"
-        )
+        raise ConfigError(f"--set {override}: expected section.key=value; for instance --set train.epochs=3")
     *above, key = path = tuple(dotted.split("."))
     table = raw
     for part in above:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(
-                f"--set {override}: expected a section, and {part} is a value; see the keys in the file"
-            )
+            raise ConfigError(f"--set {override}: expected a section, and {part} is a value; see the keys in the file")
     try:
         parsed = tomllib.loads(f"value = {text}")
         table[key] = parsed["value"] if set(parsed) == {"value"} else text
@@ -281,11 +222,7 @@ def _broken(text: str, name: str, message: str) -> str:
     """Where TOML is broken, with the line itself and the likely fix."""
     at = re.search(r"\(at line (\d+), column (\d+)\)", message)
     lines = text.split("\n")
-    number = (
-        int(at[1])
-        if at
-        else max((n for n, line in enumerate(lines, 1) if line.strip()), default=1)
-    )
+    number = int(at[1]) if at else max((n for n, line in enumerate(lines, 1) if line.strip()), default=1)
     line = lines[min(number, len(lines)) - 1].strip()
     said = re.sub(r"\s*\(at [^)]*\)$", "", message)
     word = re.match(r"([\w.\"-]+)\s*=\s*([^\"'\[{#][^#]*?)\s*(#.*)?$", line)
@@ -303,9 +240,5 @@ def _broken(text: str, name: str, message: str) -> str:
         fix = "give the key a value"
     else:
         fix = "close what was opened: quotes, brackets, braces"
-    shown = (
-        "the line with the secret"
-        if is_literal_secret((line.split("=")[0].strip(),), line)
-        else repr(line[:80])
-    )
+    shown = "the line with the secret" if is_literal_secret((line.split("=")[0].strip(),), line) else repr(line[:80])
     return f"{name}:{number}: {shown}: expected TOML, found: {said[:1].lower()}{said[1:]}; {fix}"

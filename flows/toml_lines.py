@@ -26,9 +26,7 @@ class _Scanner:
     at: int = 0
     table: KeyPath = ()
     lines: dict[KeyPath, int] = field(default_factory=dict)
-    tables: dict[KeyPath, int] = field(
-        default_factory=dict
-    )  # how many elements an array of tables has so far
+    tables: dict[KeyPath, int] = field(default_factory=dict)  # how many elements an array of tables has so far
 
     def scan(self) -> dict[KeyPath, int]:
         while self._skip(newlines=True):
@@ -79,14 +77,10 @@ class _Scanner:
             if self.text[self.at] in "\"'":
                 began = self.at
                 self._string()
-                parts.append(
-                    tomllib.loads(f"key = {self.text[began : self.at]}")["key"]
-                )
+                parts.append(tomllib.loads(f"key = {self.text[began : self.at]}")["key"])
             else:
                 found = _BARE.match(self.text, self.at)
-                if (
-                    found is None
-                ):  # not reached for a text that tomllib accepts; never loop on one that it refuses
+                if found is None:  # not reached for a text that tomllib accepts; never loop on one that it refuses
                     raise ValueError(f"no key at offset {self.at}")
                 parts.append(found[0])
                 self.at = found.end()
@@ -135,9 +129,7 @@ class _Scanner:
             if quote == '"' and self.text[self.at] == "\\":
                 self.at += 2
             elif self._take(quote * 3 if triple else quote):
-                while triple and self._take(
-                    quote
-                ):  # a multi-line string may end in up to two quotes of its own
+                while triple and self._take(quote):  # a multi-line string may end in up to two quotes of its own
                     pass
                 return
             else:
