@@ -53,7 +53,7 @@ class RegisterRequest:
     gate: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, str] = field(
         default_factory=dict
-    )  # git_sha, data_digest, run, pull_key, train_key, attempts...
+    )  # git_sha, data_digest, run, attempts, key.STEP...
     certificate: str = ""  # JSON file of the resume proof
     lock_folder: str  # root of the store
 
@@ -97,7 +97,7 @@ def register_model(request: RegisterRequest) -> RegisteredModel:
                 heldout_digest=request.heldout_digest,
                 champion=request.champion,
                 certificate=certificate,
-                training_keys=(request.lineage.get("train_key", ""), request.key),
+                training_keys=(request.lineage.get("key.train_model", ""), request.key),
                 weights_sha256=request.weights_sha256,
             )
             version = _record(client, run, request, version, decision)

@@ -33,8 +33,8 @@ LINEAGE = {
     "git_sha": "c" * 40,
     "data_digest": "d" * 32 + ".dir",
     "run": "retrain-1",
-    "pull_key": "1" * 40,
-    "train_key": "2" * 40,
+    "key.pull_data": "1" * 40,
+    "key.train_model": "2" * 40,
     "attempts": "3",
     "interruptions": "2",
 }
@@ -312,7 +312,7 @@ def test_certificate(tmp_path: Path, database: str) -> None:
     proof = tmp_path / "certificate.json"
     request = training(tmp_path, database, gate=rules, certificate=str(proof))
     good = {
-        "key": LINEAGE["train_key"],
+        "key": LINEAGE["key.train_model"],
         "weights_sha256": request.weights_sha256,
         "identical": True,
     }
