@@ -184,8 +184,8 @@ def _remote(project: Project, committed: str, dvc_root: str, named: str | None) 
     if remote.get("verify", "").lower() not in ("true", "1", "yes", "on"):
         raise PreflightError(
             f"{config}: remote {name!r} has verify = {remote.get('verify', 'false')}; expected true, because "
-            f"DVC takes a tampered object without a word otherwise; set it: dvc remote modify {name} verify true && git commit "
-            f"(for an older commit: dvc remote modify --local {name} verify true)"
+            f"DVC takes a tampered object without a word otherwise; set it: dvc remote modify {name} verify true "
+            f"&& git commit (for an older commit: dvc remote modify --local {name} verify true)"
         )
     return name, remote.get("url", "")
 

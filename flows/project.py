@@ -109,7 +109,7 @@ class Project:
         return hashlib.sha256(repr(entries).encode()).hexdigest()[:40]
 
     def export_code(self, sha: str, files: Sequence[str], destination: Path) -> Path:
-        """Write the commit's files below `destination`, which appears complete or not at all; one that is there is kept."""
+        """Write the commit's files below `destination`, complete or not at all; one that is there is kept."""
         if destination.is_dir():
             return destination
         entries = self._entries(sha, files)

@@ -1,0 +1,1 @@
+"""Images: the UCI digits as PGM files, a small convolutional network."""
