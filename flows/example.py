@@ -101,10 +101,8 @@ def _make_data(example: str) -> Any:
 def _dvc(folder: Path, *, init: bool = False) -> Iterator[Any]:
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.repo import Repo
-    from dvc.ui import ui
 
-    ui.disable()  # it would tell the person to do by hand what is done here
-    logging.getLogger("dvc").setLevel(logging.ERROR)
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # it would tell the person to do by hand what is done here
     if init:
         Repo.init(str(folder)).close()
         (folder / ".dvc" / "config").write_text(_DVC_CONFIG)
