@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_COMPLETE = 0  # the checkpoint's manifest says step == max_steps, and the weights are exported
-EXIT_USER_ERROR = 1  # a bug in the model, the data or the spec; 1..127 spends the error budget
+EXIT_USER_ERROR = 1  # a bug in the model or the data; 1..127 spends the error budget
 EXIT_BAD_SPEC = 2
 EXIT_NO_GOOD_CHECKPOINT = 5  # every checkpoint is damaged: stop, never start at 0 in silence
 EXIT_INTERRUPTED = 143  # the platform took us: resume
@@ -95,6 +95,9 @@ class TrainResult:
     heldout: str  # path or URL of heldout.jsonl
     parameters: int  # count
     seconds: float  # training time over all attempts
+    optimizer_sha256: str = ""  # of the optimizer's final state: what a proof of exact resume compares
+    order_sha256: str = ""  # of every sample index in the order in which each shard consumed it
+    attempts: int = 1  # launches that took part, as the checkpoints counted them
 
     @classmethod
     def read(cls, path: str | Path) -> TrainResult:

@@ -1,0 +1,43 @@
+"""What a training tells while it runs: JSON lines that rank 0 and the wrapper append to one file.
+
+Steps: {"step", "max_steps", "epoch", "loss", "time"}; events: {"event": "resumed" | "checkpoint" | "notice" | ...}.
+A line is one write to a file opened for appending, so writers do not mix and a kill leaves at most one half line.
+Not covered: metrics servers (training/tracking.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+EVERY_SECONDS = 0.5
+
+
+class Progress:
+    """Appends to the file; with no file it does nothing."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if path else -1
+        self._told = 0.0
+
+    def step(self, *, step: int, max_steps: int, epoch: int, loss: float, always: bool = False) -> None:
+        """Tell a finished step; at most one line per half second unless `always`."""
+        if always or time.monotonic() - self._told >= EVERY_SECONDS:
+            self._told = time.monotonic()
+            self._write({"step": step, "max_steps": max_steps, "epoch": epoch, "loss": loss, "time": time.time()})
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Tell that something happened."""
+        self._write({"event": name, **fields, "time": time.time()})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file >= 0:
+            os.write(self._file, (json.dumps(line) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
