@@ -25,7 +25,6 @@ from tasks.records import Attempt, Store
 from training.spec import EXIT_BAD_SPEC, EXIT_NO_GOOD_CHECKPOINT, TrainResult, TrainSpec
 from training.tracking import TrackingError, find_or_create_run, set_tags
 
-VERSION = "1"  # a change of what the trainer computes must change it: it is part of the step key
 
 
 class Cancelled(GiveUp):
@@ -80,11 +79,10 @@ def train_model(
     """Train until complete. Raises GiveUp when a budget is spent, Cancelled when somebody stopped it."""
     spec = replace(request.spec, mlflow_run=_tracking_run(request))
     Path(spec.output).mkdir(parents=True, exist_ok=True)
-    began = time.time()
     with store.lock(f"training-{spec.key[:16]}", wait_seconds=10):
         while not (result := _finished(spec)):
             attempts = store.attempts(spec.key)
-            _check_budgets(request, attempts, began)
+            _check_budgets(request, attempts)
             attempts = _open_attempt(attempts, request)
             store.write_attempts(spec.key, attempts)
             if on_attempts:
@@ -159,7 +157,7 @@ def _finished(spec: TrainSpec) -> TrainResult | None:
     return result
 
 
-def _check_budgets(request: TrainRequest, attempts: list[Attempt], began: float) -> None:
+def _check_budgets(request: TrainRequest, attempts: list[Attempt]) -> None:
     ended = [a for a in attempts if a.ended is not None]
     interruptions = [a for a in ended if a.cause in INTERRUPTIONS]
     errors = [a for a in ended if a.cause in ("user_error", "out_of_memory")]
@@ -173,6 +171,13 @@ def _check_budgets(request: TrainRequest, attempts: list[Attempt], began: float)
             f"training {request.spec.key[:12]}: failed {len(errors)} times, budget [train] errors = {request.errors}; "
             f"last: {errors[-1].reason}"
         )
+    idle = [a for a in ended if a.cause == "complete"]
+    if len(idle) > request.errors + 1:
+        raise GiveUp(
+            f"training {request.spec.key[:12]}: the trainer exited 0 without being complete {len(idle)} times; "
+            "its manifest never reached the last step: look at its log"
+        )
+    began = attempts[0].started if attempts else time.time()
     if request.deadline_seconds is not None and time.time() - began > request.deadline_seconds:
         raise GiveUp(f"training {request.spec.key[:12]}: not done within [train] deadline = {request.deadline_seconds:g} s")
 

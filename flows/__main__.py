@@ -1,0 +1,185 @@
+"""The `reprise` command: what can be asked for, and how it ends.
+
+    reprise --help
+
+Each command imports what it needs when it runs. Exit codes: 0 fine, 1 run failed, 2 usage or config, 3 preflight,
+4 gate refused, 130 interrupted. Not covered: the work (the modules that the commands import).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from deployments.errors import StepError
+
+app = App(
+    name="reprise",
+    help="Retraining that survives its own interruptions: DVC, spot training, MLflow, TorchServe, in one Prefect flow.",
+    version="0.1.0",
+    help_format="plaintext",
+)
+
+Pipeline = Annotated[str, Parameter(name=["--pipeline", "-p"], help="The pipeline.toml; default: here, above, or demo/.")]
+Place = Annotated[str, Parameter(help="Where to run: laptop, or a .toml file.")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="For machines.")]
+Rev = Annotated[str, Parameter(help="Git revision to train at: code, data pointer and parameters.")]
+Set = Annotated[tuple[str, ...], Parameter(name="--set", negative="", help="Change a setting: train.epochs=3")]
+
+
+@app.command
+def demo(
+    *,
+    folder: Annotated[str, Parameter(help="Where the project is made.")] = "demo",
+    example: Annotated[str, Parameter(help="digits or tumours.")] = "digits",
+    json: Json = False,
+) -> None:
+    """Make a project and run the whole chain through two spot interruptions."""
+    from flows.commands import run_demo
+
+    run_demo(folder=folder, example=example, as_json=json)
+
+
+@app.command
+def up(*, pipeline: Pipeline = "", place: Place = "laptop") -> None:
+    """Start Prefect, MLflow and TorchServe on loopback, if they do not run."""
+    from flows.commands import start_services
+
+    start_services(pipeline=pipeline, place=place)
+
+
+@app.command
+def down(*, pipeline: Pipeline = "", place: Place = "laptop") -> None:
+    """Stop the services and whatever a run left behind. Data stays."""
+    from flows.commands import stop_services
+
+    stop_services(pipeline=pipeline, place=place)
+
+
+@app.command
+def run(
+    *,
+    pipeline: Pipeline = "",
+    rev: Rev = "HEAD",
+    set: Set = (),
+    place: Place = "laptop",
+    interrupt: Annotated[
+        tuple[str, ...], Parameter(negative="", help="Play the spot market: notice@35%, kill@70%, kill@20s")
+    ] = (),
+    json: Json = False,
+) -> None:
+    """Run the pipeline; every step that is already done for these inputs is reused."""
+    from flows.commands import run_pipeline
+    from flows.start import Order
+
+    run_pipeline(Order(pipeline=pipeline, rev=rev, overrides=set, place=place, interruptions=interrupt), as_json=json)
+
+
+@app.command
+def plan(*, pipeline: Pipeline = "", rev: Rev = "HEAD", set: Set = (), place: Place = "laptop", json: Json = False) -> None:
+    """What would run, what is reused, and why. Nothing is started."""
+    from flows.commands import show_plan
+    from flows.start import Order
+
+    show_plan(Order(pipeline=pipeline, rev=rev, overrides=set, place=place), as_json=json)
+
+
+@app.command
+def runs(*, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """All runs of this project."""
+    from flows.inspect_runs import list_runs
+    from flows.start import Order
+
+    list_runs(Order(pipeline=pipeline, place=place), as_json=json)
+
+
+@app.command
+def show(run: str = "", /, *, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """One run (default: the newest): steps, attempts, results, links."""
+    from flows.inspect_runs import show_run
+    from flows.start import Order
+
+    show_run(Order(pipeline=pipeline, place=place), run, as_json=json)
+
+
+@app.command
+def logs(
+    run: str = "",
+    /,
+    *,
+    step: Annotated[str, Parameter(help="Only this step's.")] = "",
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative="", help="Until it ends.")] = False,
+    pipeline: Pipeline = "",
+    place: Place = "laptop",
+) -> None:
+    """The logs of a run's steps."""
+    from flows.inspect_runs import show_logs
+    from flows.start import Order
+
+    show_logs(Order(pipeline=pipeline, place=place), run, step=step, follow=follow)
+
+
+@app.command
+def resume(run: str = "", /, *, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """Go on with a run that was interrupted, cancelled or failed, where it was."""
+    from flows.commands import resume_run
+    from flows.start import Order
+
+    resume_run(Order(pipeline=pipeline, place=place), run, as_json=json)
+
+
+@app.command
+def cancel(run: str = "", /, *, pipeline: Pipeline = "", place: Place = "laptop") -> None:
+    """Stop a run; its training leaves a checkpoint that `resume` goes on from."""
+    from flows.commands import cancel_and_tell
+    from flows.start import Order
+
+    cancel_and_tell(Order(pipeline=pipeline, place=place), run)
+
+
+@app.command
+def rollback(
+    *,
+    to: Annotated[str, Parameter(help="Model version; default: the one that served before.")] = "",
+    pipeline: Pipeline = "",
+    place: Place = "laptop",
+    json: Json = False,
+) -> None:
+    """Put an earlier model version back in service."""
+    from flows.commands import roll_back
+    from flows.start import Order
+
+    roll_back(Order(pipeline=pipeline, place=place, cause="rollback"), to, as_json=json)
+
+
+@app.command
+def doctor(*, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """What is missing here, and the command that mends it."""
+    from flows.commands import show_findings
+    from flows.start import Order
+
+    show_findings(Order(pipeline=pipeline, place=place), as_json=json)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; never a traceback for a user's mistake."""
+    try:
+        app(arguments, exit_on_error=False, print_error=True)
+    except CycloptsError:
+        sys.exit(2)
+    except StepError as error:
+        from flows.display import complain
+
+        complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What a run would do and why, computed before anything heavy is imported and before anything is started.
+
+Each step's key is a digest over its inputs, so the plan of a run at (git sha, DVC digest, parameters) is known from git
+alone: `reprise plan` prints it, `reprise run` executes it. Not covered: executing (flows.retrain), printing
+(flows.display).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.project import DataPointer, Project
+from flows.settings import PipelineSettings, PlaceSettings
+from tasks.records import StepRecord, Store, step_key
+
+# What a step does, as a number that its author raises when the same inputs should give another result.
+VERSIONS = {
+    "pull_data": "1",
+    "train_model": "1",
+    "register_model": "1",
+    "package_model": "1",
+    "deploy_model": "1",
+    "check_endpoint": "1",
+}
+STEPS = tuple(VERSIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """One step of a run: what it depends on, and whether its work is done already."""
+
+    name: str
+    key: str
+    inputs: dict[str, Any]  # what the key is made of
+    reused: bool
+    reason: str  # one sentence: what is unchanged, or what changed
+    record: StepRecord | None = None  # of the finished work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run before it starts."""
+
+    pipeline: PipelineSettings
+    place: PlaceSettings
+    project: Path
+    git_sha: str
+    data: DataPointer
+    code_digest: str
+    steps: dict[str, PlannedStep]
+
+    @property
+    def unchanged(self) -> bool:
+        """Nothing would run."""
+        return all(s.reused for s in self.steps.values())
+
+
+def make_plan(
+    pipeline: PipelineSettings,
+    place: PlaceSettings,
+    project: Project,
+    store: Store,
+    git_sha: str,
+    *,
+    management_url: str,
+) -> Plan:
+    """Compute every step key and look up what is done. Raises the errors of `Project` for data and code."""
+    data_path = project.in_repo(pipeline.data.path)
+    data = project.data_pointer(git_sha, data_path)
+    code = project.code_digest(git_sha, code_files(pipeline, project))
+    train = pipeline.train
+    inputs: dict[str, dict[str, Any]] = {
+        "pull_data": {"data": data.digest, "path": data_path},
+        "train_model": {
+            "code": code,
+            "train": train.deciding(),
+            "splits": [pipeline.data.train, pipeline.data.heldout],
+        },
+        "register_model": {"gate": pipeline.gate.model_dump(), "name": pipeline.name},
+        "package_model": {"serve": pipeline.serve.model_dump(exclude={"golden", "soak"}), "handler": _handler_digest()},
+        "deploy_model": {"rollout": pipeline.serve.model_dump(include={"golden", "soak"})},
+        "check_endpoint": {"check": pipeline.check.model_dump()},
+    }
+    last = store.read(f"pipelines/{pipeline.name}") or {}
+    steps: dict[str, PlannedStep] = {}
+    upstream: PlannedStep | None = None
+    for name in STEPS:
+        own = {**inputs[name], **({upstream.name: upstream.key} if upstream else {})}
+        key = step_key(name, VERSIONS[name], own)
+        record = store.step(key)
+        missing = _effect_missing(name, record, pipeline, store, management_url) if record else ""
+        reused = record is not None and not missing and (upstream is None or upstream.reused or name == "train_model")
+        reason = _reason(name, own, record, reused, missing, upstream, store.step(last.get(name, "")))
+        upstream = steps[name] = PlannedStep(
+            name=name, key=key, inputs=own, reused=reused, reason=reason, record=record if reused else None
+        )
+    return Plan(
+        pipeline=pipeline,
+        place=place,
+        project=project.folder,
+        git_sha=git_sha,
+        data=data,
+        code_digest=code,
+        steps=_needless_pull(steps),
+    )
+
+
+def code_files(pipeline: PipelineSettings, project: Project) -> list[str]:
+    """The user's files that travel with the model, as paths in the repository."""
+    return [project.in_repo(name) for name in (pipeline.model.module, *pipeline.model.files)]
+
+
+def _needless_pull(steps: dict[str, PlannedStep]) -> dict[str, PlannedStep]:
+    """Data that a finished training has already used need not be pulled again."""
+    pull = steps["pull_data"]
+    if pull.reused or not all(s.reused for n, s in steps.items() if n != "pull_data"):
+        return steps
+    return {
+        **steps,
+        "pull_data": PlannedStep(**{**vars(pull), "reused": True, "reason": "not needed: its training is done"}),
+    }
+
+
+def _effect_missing(
+    name: str, record: StepRecord, pipeline: PipelineSettings, store: Store, management_url: str
+) -> str:
+    """Why a finished step's effect does not stand any more; empty if it does. Cheap looks only."""
+    result = record.result
+    if name == "pull_data" and not Path(result["folder"]).is_dir():
+        return "the pulled data is gone"
+    if name == "train_model" and not Path(result["weights"]).is_file():
+        return "the weights are gone"
+    if name == "package_model" and not Path(result["mar"]).is_file():
+        return "the .mar is gone"
+    if name == "deploy_model":
+        return _served_otherwise(pipeline.name, result["label"], management_url)
+    return ""
+
+
+def _served_otherwise(pipeline: str, label: str, management_url: str) -> str:
+    """Why this label is not the one in service; empty if it is. Asks the server: the record alone proves nothing."""
+    try:
+        with urllib.request.urlopen(f"{management_url}/models/{pipeline}", timeout=2) as reply:
+            served = [entry["modelVersion"] for entry in json.load(reply)]
+    except (OSError, urllib.error.URLError, ValueError, KeyError):
+        return "nothing is in service"
+    return "" if label in served else f"version {served[0] if served else '?'} is in service"
+
+
+def _handler_digest() -> str:
+    """Of the code that Reprise puts into every .mar."""
+    handler = Path(__file__).resolve().parent.parent / "deployments" / "torchserve" / "handler.py"
+    return hashlib.sha256(handler.read_bytes()).hexdigest()
+
+
+def _reason(
+    name: str,
+    inputs: dict[str, Any],
+    record: StepRecord | None,
+    reused: bool,
+    missing: str,
+    upstream: PlannedStep | None,
+    last: StepRecord | None,
+) -> str:
+    if reused:
+        return "unchanged: " + ", ".join(f"{k} {_short(v)}" for k, v in inputs.items())
+    if missing:
+        return missing
+    if record is not None and upstream is not None:
+        return f"{upstream.name} runs"
+    if last is None:
+        return "first time"
+    changed = [f"{k} {_short(last.inputs.get(k))} -> {_short(v)}" for k, v in inputs.items() if last.inputs.get(k) != v]
+    return "changed: " + ", ".join(changed) if changed else f"a new version of {name}"
+
+
+def _short(value: Any) -> str:
+    """A digest's first digits; a structure's own digest."""
+    if isinstance(value, str) and len(value) >= 12 and all(c in "0123456789abcdef." or c in "dir" for c in value):
+        return value[:7]
+    return str(value) if isinstance(value, (str, int, float)) else step_key("", "", {"": value})[:7]

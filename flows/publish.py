@@ -1,0 +1,148 @@
+"""What people see of a run in Prefect: the plan, the training curve, the report and the links; and how the run ended.
+
+Artifacts are copies for readers; the run document is the record. Not covered: the report's page (tasks.write_report).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from uuid import UUID
+
+from prefect import runtime
+from prefect.artifacts import acreate_image_artifact, acreate_link_artifact, acreate_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Crashed
+
+from deployments.errors import GateRefused, StepError
+from deployments.workload import Workload
+from flows import requests
+from flows.curve import curve_svg
+from flows.plan_page import plan_markdown
+from flows.run import Run
+from flows.steps import run_program
+from tasks.train_model import TrainedModel, progress_of
+
+
+@asynccontextmanager
+async def published(run: Run) -> AsyncIterator[None]:
+    """Show the plan before the steps and the outcome after them, whatever it is."""
+    await _begin(run)
+    try:
+        yield
+    except asyncio.CancelledError:
+        run.update(status="cancelled", ended=time.time(), message=f"cancelled; `reprise resume {run.id}` goes on")
+        raise
+    except Exception as error:
+        status = "refused" if isinstance(error, GateRefused) else "failed"
+        run.update(status=status, ended=time.time(), message=str(error))
+        if "train_model" in run.results:
+            await _report(run)
+        if not isinstance(error, StepError):
+            raise
+        get_run_logger().error(str(error))
+        raise
+    run.update(status="succeeded", ended=time.time(), message="")
+    await _report(run)
+
+
+async def _begin(run: Run) -> None:
+    flow_run = runtime.flow_run.id
+    if flow_run:
+        run.document["links"]["prefect_flow_run"] = flow_run
+        run.document["links"]["prefect"] = f"{run.urls['prefect']}/runs/flow-run/{flow_run}"
+        run.save()
+    previous = run.document.get("previous", {}).get("prefect")
+    if previous:
+        await _close_previous(run, previous)
+    await acreate_markdown_artifact(key="plan", markdown=plan_markdown(run.plan), description="What runs, what is reused, and why")
+
+
+async def _close_previous(run: Run, flow_run: str) -> None:
+    """A killed flow stays Running in Prefect for ever; say what became of it."""
+    async with get_client() as client:
+        old = await client.read_flow_run(UUID(flow_run))
+        if old.state is not None and not old.state.is_final():
+            state: State[None] = Crashed(message=f"Its process died; the run {run.id} goes on in a new flow run.")
+            await client.set_flow_run_state(UUID(flow_run), state, force=True)
+
+
+async def curve(run: Run, training: TrainedModel) -> None:
+    """The loss with the interruptions marked."""
+    attempts = run.document["attempts"]
+    cut = sum(a["cause"] not in ("", "complete") for a in attempts)
+    title = f"loss over {training.steps} steps, {len(attempts)} attempts, {cut} interruptions"
+    svg = curve_svg(progress_of(training.progress), attempts, title)
+    run.document["links"]["mlflow_run"] = _mlflow_run_url(run, training)
+    run.save()
+    await acreate_image_artifact(
+        key="training-curve",
+        image_url="data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
+        description=title,
+    )
+
+
+def _mlflow_run_url(run: Run, training: TrainedModel) -> str:
+    return f"{run.urls['mlflow']}/#/runs/{training.run_id}"
+
+
+async def _report(run: Run) -> None:
+    """The page about the run: made by a step program, linked from Prefect. Its failure does not fail the run."""
+    training: TrainedModel = run.results["train_model"]
+    _fill(run)
+    request = requests.report(run, training)
+    workload = Workload(
+        name=f"write-report-{run.id}-{run.document.get('resumed', 0)}-{int(time.time())}",
+        image="step",
+        command=("python", "-m", "tasks.step", "write_report", "{request}", "{result}"),
+        request=asdict(request),
+        labels={"run": run.id, "pipeline": run.plan.pipeline.name, "step": "write_report"},
+    )
+    try:
+        document = await asyncio.to_thread(run_program, run, workload, "write_report")
+    except StepError as error:
+        run.event("line", step="write_report", line=f"no report: {error}")
+        get_run_logger().warning(f"no report: {error}")
+    else:
+        run.document["links"].update(report=document["result"]["html"], report_mlflow=document["result"]["url"])
+        run.document["report_seconds"] = document["seconds"]
+    run.save()
+    await _links(run)
+
+
+def _fill(run: Run) -> None:
+    """What the steps' results say about the run, into its document."""
+    results, links = run.results, run.document["links"]
+    if archive := results.get("package_model"):
+        run.document["mar_sha256"] = archive.sha256
+    if model := results.get("register_model"):
+        run.document["model_version"] = model.version
+        run.document["gate"] = model.decision
+        links["model"] = model.model_url
+    if endpoint := results.get("deploy_model"):
+        run.document["endpoint"] = endpoint.url
+        links["endpoint"] = endpoint.url
+    if checked := results.get("check_endpoint"):
+        run.document["check"] = asdict(checked)
+    run.document["metrics"] = results["train_model"].metrics
+    run.save()
+
+
+async def _links(run: Run) -> None:
+    links = run.document["links"]
+    texts = {
+        "report_mlflow": ("report", "Report of this run"),
+        "mlflow_run": ("mlflow-run", "Training run in MLflow"),
+        "model": ("model-version", f"Model version {run.document['model_version']} in MLflow"),
+        "endpoint": ("endpoint", "Endpoint"),
+    }
+    for name, (key, text) in texts.items():
+        if links.get(name):
+            await acreate_link_artifact(key=key, link=links[name], link_text=text, description=text)
+

@@ -1,0 +1,223 @@
+"""What each step is asked, from the settings, the plan and what the steps before it gave.
+
+Kept apart from flows.retrain so that the order of the pipeline fits one screen. Standard library and settings only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deployments.workload import Resources
+from flows.plan import code_files
+from flows.project import Project
+from flows.run import Run
+from tasks.check_endpoint import CheckRequest
+from tasks.deploy_model import DeployRequest, Endpoint
+from tasks.package_model import PackagedModel, PackageRequest
+from tasks.pull_data import PulledData, PullRequest
+from tasks.register_model import RegisteredModel, RegisterRequest
+from tasks.train_model import TrainedModel, TrainRequest
+from tasks.write_report import ReportRequest
+from training.spec import CheckpointPolicy, TrainSpec
+
+
+def pull(run: Run) -> PullRequest:
+    """The data at the run's commit."""
+    plan, state = run.plan, run.plan.place.state
+    project = Project(plan.project)
+    return PullRequest(
+        repo=str(project.root),
+        sha=plan.git_sha,
+        path=project.in_repo(plan.pipeline.data.path),
+        digest=plan.data.digest,
+        cache=str(state / "cache"),
+        folder=str(state / "data"),
+        train=plan.pipeline.data.train,
+        heldout=plan.pipeline.data.heldout,
+    )
+
+
+def train(run: Run, data: PulledData) -> TrainRequest:
+    """The training on that data, with the code of the run's commit."""
+    plan, settings = run.plan, run.plan.pipeline.train
+    key = plan.steps["train_model"].key
+    folder = run.store.path / "trainings" / key
+    policy = settings.checkpoint
+    resources = plan.place.resources.train_model
+    spec = TrainSpec(
+        key=key,
+        pipeline=plan.pipeline.name,
+        module=str(exported_code(run) / plan.pipeline.model.module),
+        data=data.folder,
+        train_split=plan.pipeline.data.train,
+        heldout_split=plan.pipeline.data.heldout,
+        checkpoints=f"file://{folder / 'checkpoints'}",
+        output=str(folder / "output"),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        seed=settings.seed,
+        shards=settings.shards or settings.workers,
+        precision=settings.precision,
+        compile=settings.compile,
+        parallel=settings.parallel,
+        threads=settings.threads,
+        params=dict(settings.params),
+        checkpoint=CheckpointPolicy(
+            min_seconds=policy.min_interval,
+            max_seconds=policy.max_interval,
+            every_steps=policy.every_steps,
+            keep=policy.keep,
+            mtbf_seconds=policy.mtbf,
+            notice_seconds=policy.notice,
+        ),
+        samples=plan.pipeline.check.samples,
+        code_digest=plan.code_digest,
+        data_digest=plan.data.digest,
+        mlflow_uri=run.urls["mlflow"],
+        progress=str(folder / "progress.jsonl"),
+    )
+    return TrainRequest(
+        spec=spec,
+        experiment=plan.pipeline.name,
+        workers=settings.workers,
+        interruptions=settings.interruptions,
+        errors=settings.errors,
+        deadline_seconds=settings.deadline,
+        grace_seconds=plan.place.spot.grace,
+        resources=Resources(cpus=resources.cpus, memory=resources.memory, gpus=resources.gpus, shm=resources.shm or ""),
+        tags={
+            "reprise.git_sha": plan.git_sha,
+            "reprise.data_digest": plan.data.digest,
+            "reprise.code_digest": plan.code_digest,
+            "reprise.run": run.id,
+        },
+    )
+
+
+def exported_code(run: Run) -> Path:
+    """The user's files at the run's commit, in a folder named by their digest (made if it is not there)."""
+    plan, project = run.plan, Project(run.plan.project)
+    folder = run.store.path / "code" / plan.code_digest
+    project.export_code(plan.git_sha, code_files(plan.pipeline, project), folder)
+    return folder / project.prefix
+
+
+def register(run: Run, data: PulledData, training: TrainedModel, champion: dict[str, Any] | None) -> RegisterRequest:
+    """The trained model and its numbers, for the gate and the registry."""
+    plan = run.plan
+    code = exported_code(run)
+    lineage = {
+        "git_sha": plan.git_sha,
+        "data_digest": plan.data.digest,
+        "code_digest": plan.code_digest,
+        "run": run.id,
+        "attempts": str(training.attempts),
+        "interruptions": str(training.interruptions),
+        "steps_lost": str(training.steps_lost),
+        **{f"key.{s.name}": s.key for s in plan.steps.values() if s.name in ("pull_data", "train_model")},
+    }
+    return RegisterRequest(
+        key=plan.steps["register_model"].key,
+        pipeline=plan.pipeline.name,
+        tracking_uri=run.urls["mlflow"],
+        run_id=training.run_id,
+        experiment=plan.pipeline.name,
+        weights=training.weights,
+        weights_sha256=training.weights_sha256,
+        module=str(code / plan.pipeline.model.module),
+        files=[str(code / name) for name in plan.pipeline.model.files],
+        params=dict(plan.pipeline.train.params),
+        metrics=training.metrics,
+        heldout=training.heldout,
+        heldout_digest=data.heldout_digest,
+        champion=champion,
+        gate=plan.pipeline.gate.model_dump(),
+        lineage=lineage,
+        lock_folder=str(run.store.path),
+    )
+
+
+def package(run: Run, model: RegisteredModel, training: TrainedModel) -> PackageRequest:
+    """The registered version as an archive for the model server."""
+    plan, code = run.plan, exported_code(run)
+    return PackageRequest(
+        key=plan.steps["package_model"].key,
+        pipeline=plan.pipeline.name,
+        version=model.version,
+        weights=training.weights,
+        weights_sha256=training.weights_sha256,
+        module=str(code / plan.pipeline.model.module),
+        files=[str(code / name) for name in plan.pipeline.model.files],
+        params=dict(plan.pipeline.train.params),
+        serve=serve_settings(run),
+        model_store=str(run.store.path / "models"),
+    )
+
+
+def serve_settings(run: Run) -> dict[str, Any]:
+    """[serve] in the model server's terms. Seconds."""
+    serve = run.plan.pipeline.serve
+    return {
+        "batch_size": serve.batch_size,
+        "max_batch_delay_seconds": serve.max_batch_delay,
+        "workers": serve.workers,
+        "response_timeout_seconds": serve.response_timeout,
+        "queue": serve.queue,
+    }
+
+
+def deploy(run: Run, model: RegisteredModel, archive: PackagedModel, training: TrainedModel) -> DeployRequest:
+    """The archive into service."""
+    plan, serve = run.plan, run.plan.pipeline.serve
+    return DeployRequest(
+        key=plan.steps["deploy_model"].key,
+        pipeline=plan.pipeline.name,
+        version=model.version,
+        label=archive.label,
+        mar=archive.mar,
+        sha256=archive.sha256,
+        management_url=run.urls["management"],
+        inference_url=run.urls["inference"],
+        serve=serve_settings(run),
+        golden=training.heldout,
+        golden_count=serve.golden,
+        soak_seconds=serve.soak,
+        tracking_uri=run.urls["mlflow"],
+        record=str(run.store.path / "endpoints"),
+    )
+
+
+def check(run: Run, endpoint: Endpoint, training: TrainedModel) -> CheckRequest:
+    """The endpoint against the trained model, sample by sample."""
+    settings = run.plan.pipeline.check
+    return CheckRequest(
+        url=endpoint.url,
+        pipeline=run.plan.pipeline.name,
+        version=endpoint.version,
+        heldout=training.heldout,
+        min_agreement=settings.min_agreement,
+        max_p95_seconds=settings.max_p95,
+        samples=settings.samples,
+    )
+
+
+def report(run: Run, training: TrainedModel) -> ReportRequest:
+    """The page about this run, from what its steps gave so far."""
+    champion, checked = run.results.get("champion"), run.results.get("check_endpoint")
+    evaluation: dict[str, Any] = {"candidate": training.metrics, "champion": (champion or {}).get("metrics")}
+    if champion:
+        evaluation["champion_version"] = champion["version"]
+    if checked:
+        evaluation["check"] = {k: v for k, v in asdict(checked).items() if k != "disagreements"}
+    return ReportRequest(
+        document=run.document,
+        progress=training.progress,
+        evaluation=evaluation,
+        heldout=training.heldout,
+        html=str(run.store.path / "reports" / f"{run.id}.html"),
+        tracking_uri=run.urls["mlflow"],
+        run_id=training.run_id,
+    )

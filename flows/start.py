@@ -1,0 +1,139 @@
+"""From an order (which pipeline, which revision, which changes) to a run that can start.
+
+`prepare` is light: settings and plan, nothing started. `begin` takes the run's lock and hands out the Run. Both are used
+by the command and by the flow itself when Prefect starts it. Not covered: the steps (flows.retrain).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from deployments.errors import ConfigError
+from deployments.workload import Runner
+from flows.plan import Plan, make_plan
+from flows.project import Project
+from flows.run import Event, Run, open_run
+from flows.settings import PipelineSettings, PlaceSettings, find_pipeline, load_pipeline, load_place
+from tasks.records import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What somebody asked for."""
+
+    pipeline: str = ""  # file; empty: pipeline.toml here, above, or of the demo
+    rev: str = "HEAD"
+    overrides: tuple[str, ...] = ()  # "train.epochs=3"
+    place: str = "laptop"
+    cause: str = "command"  # command | schedule | form | push
+    interruptions: tuple[str, ...] = ()  # the laptop's spot market; none: those of the place
+    resume: str = ""  # run id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An order, read and planned."""
+
+    order: Order
+    project: Project
+    pipeline: PipelineSettings
+    place: PlaceSettings
+    store: Store
+    urls: dict[str, str]
+    git_sha: str
+
+    def plan(self) -> Plan:
+        """What would run now."""
+        return make_plan(
+            self.pipeline, self.place, self.project, self.store, self.git_sha, management_url=self.urls["management"]
+        )
+
+
+prepared_run: ContextVar[Run | None] = ContextVar("prepared_run", default=None)
+
+
+def run_name() -> str:
+    """The name of the flow run in Prefect: the run's own when the command has begun it."""
+    run = prepared_run.get()
+    return run.id if run else "retrain"
+
+
+def where(order: Order) -> tuple[Path, PlaceSettings, Store]:
+    """The pipeline file, the place and the store of an order. Raises ConfigError."""
+    file = Path(order.pipeline).absolute() if order.pipeline else find_pipeline(Path.cwd())
+    if not file.is_file():
+        raise ConfigError(f"--pipeline {order.pipeline}: no such file; expected a pipeline.toml (`reprise demo` makes one)")
+    place = load_place(order.place, file.parent)
+    return file, place, Store(root=str(place.state / "store"))
+
+
+def prepare(order: Order) -> Prepared:
+    """Read the pipeline at the revision and the place. Raises ConfigError or PreflightError."""
+    file, place, store = where(order)
+    project = Project(file.parent)
+    sha = project.resolve(order.rev)
+    text = project.read_text(sha, project.in_repo(file.name))
+    pipeline = load_pipeline(text, source_name=f"{file.name}@{sha[:7]}", overrides=order.overrides, file=file)
+    return Prepared(
+        order=order, project=project, pipeline=pipeline, place=place, store=store, urls=service_urls(place), git_sha=sha
+    )
+
+
+def service_urls(place: PlaceSettings) -> dict[str, str]:
+    """Where the services of a laptop answer."""
+    names = ("prefect", "mlflow", "inference", "management", "metrics")
+    return {name: f"http://127.0.0.1:{getattr(place.ports, name)}" for name in names}
+
+
+def make_runner(prepared: Prepared) -> Runner:
+    """The place's runner."""
+    from deployments.laptop import Laptop
+    from deployments.spot_market import SpotMarket
+
+    place = prepared.place
+    wanted = prepared.order.interruptions or tuple(str(i) for i in place.spot.interruptions)
+    market = SpotMarket(interruptions=list(wanted), grace_seconds=place.spot.grace) if wanted else None
+    return Laptop(place.state / "jobs", market=market)
+
+
+@contextmanager
+def begin(prepared: Prepared, plan: Plan, *, on_event: Event = lambda kind, fields: None) -> Iterator[Run]:
+    """The run, under its lock: an unfinished one of the same work goes on, otherwise it is new."""
+    order = prepared.order
+    opened = open_run(
+        plan, prepared.store, rev=order.rev, overrides=list(order.overrides), cause=order.cause, resume=order.resume
+    )
+    with opened as (run_id, document):
+        run = Run(
+            id=run_id,
+            plan=plan,
+            store=prepared.store,
+            runner=make_runner(prepared),
+            urls=prepared.urls,
+            document=document,
+            on_event=on_event,
+        )
+        token = prepared_run.set(run)
+        try:
+            yield run
+        finally:
+            prepared_run.reset(token)
+
+
+@contextmanager
+def current_run(order: Order) -> Iterator[Run]:
+    """The run that the command has begun, or, when Prefect started the flow by itself, a new one."""
+    if (run := prepared_run.get()) is not None:
+        yield run
+        return
+    from flows.services import ensure_services
+
+    prepared = prepare(order)
+    ensure_services(prepared.place)
+    with begin(prepared, prepared.plan()) as run:
+        yield run
+

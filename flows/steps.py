@@ -1,0 +1,128 @@
+"""A task function becomes a Prefect task on a runner: reuse by step key, retries by error type, a state that people read.
+
+    result = await run_step(run, pull_data, PullRequest(...))
+
+A finished step ends in the Prefect state `Reused` with the reason; a failed one in `Failed` with the error's sentence. An
+error that says try again is tried again with back-off, one that says give up is not. The step itself is a program of its
+own on the runner (tasks.step); only train_model is driven from here. Not covered: the order of steps (flows.retrain).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+
+from deployments.errors import WORDS, GiveUp, TryAgain
+from deployments.workload import Outcome, Resources, Workload
+from flows.run import Run
+from tasks.records import Attempt
+from tasks.step import EXIT_TRY_AGAIN, from_json
+from tasks.train_model import TrainedModel, TrainRequest, train_model
+
+Result = TypeVar("Result")
+RETRY_DELAYS = [1.0, 5.0, 20.0]  # seconds; a service that restarts is back within them
+
+
+async def run_step(run: Run, step: Callable[..., Result], request: Any) -> Result:
+    """Run one step, or reuse it. Raises what the step raised: TryAgain once its retries are spent, or GiveUp."""
+    name = step.__name__
+    planned = run.plan.steps[name]
+    kind = typing.get_type_hints(step)["return"]
+    failure: list[Exception] = []  # of the last try: Prefect's question below gets a state, not the error
+
+    @task(
+        name=name,
+        task_run_name=name,
+        cache_policy=NO_CACHE,  # the step record is the cache: Prefect's own would call a killed effect undone
+        persist_result=False,
+        retries=len(RETRY_DELAYS),
+        retry_delay_seconds=RETRY_DELAYS,
+        retry_condition_fn=lambda task, task_run, state: bool(failure) and isinstance(failure[-1], TryAgain),
+        tags=["reused"] if planned.reused else [],
+    )
+    async def prefect_task() -> Any:
+        if planned.record is not None:
+            run.step_changed(name, status="reused", reused=True, reason=planned.reason)
+            return Completed(name="Reused", message=planned.reason, data=planned.record.result)
+        began = time.time()
+        run.step_changed(name, status="running", started=began, ended=None)
+        try:
+            result, seconds = await asyncio.to_thread(_execute, run, name, request)
+        except asyncio.CancelledError:
+            run.step_changed(name, status="cancelled", ended=time.time())
+            raise
+        except Exception as error:
+            failure.append(error)
+            run.step_changed(name, status="failed", ended=time.time(), message=str(error))
+            raise
+        run.finish_step(name, result, seconds)
+        run.step_changed(name, status="done", ended=time.time(), seconds=round(seconds, 3))
+        return result
+
+    raw = await prefect_task()
+    result = typing.cast("Result", from_json(kind, raw, where=name))
+    run.results[name] = result
+    return result
+
+
+def _execute(run: Run, name: str, request: Any) -> tuple[dict[str, Any], float]:
+    """The step's work, in a thread: returns its result as JSON and its own seconds."""
+    if name == "train_model":
+        return _drive_training(run, request)
+    workload = Workload(
+        name=f"{name.replace('_', '-')}-{run.plan.steps[name].key[:12]}",
+        image="step",
+        command=("python", "-m", "tasks.step", name, "{request}", "{result}"),
+        request=asdict(request),
+        resources=Resources(),
+        labels={"run": run.id, "pipeline": run.plan.pipeline.name, "step": name},
+    )
+    document = run_program(run, workload, name)
+    return document["result"], float(document["seconds"])
+
+
+def run_program(run: Run, workload: Workload, step: str) -> dict[str, Any]:
+    """Run a step program on the run's runner; returns its result document or raises its error."""
+    run.workload = workload.name
+    try:
+        outcome = run.runner.run(workload, on_line=lambda line: run.event("line", step=step, line=line))
+    finally:
+        run.workload = ""
+    return _judge(outcome, step)
+
+
+def _judge(outcome: Outcome, step: str) -> dict[str, Any]:
+    document = outcome.result or {}
+    if outcome.cause == "cancelled":
+        raise GiveUp(f"{step}: cancelled")
+    if outcome.exit_code == 0 and document.get("ok"):
+        return document
+    if error := document.get("error"):
+        raise WORDS.get(error["type"], GiveUp)(error["message"])
+    kind = TryAgain if outcome.exit_code in (None, EXIT_TRY_AGAIN) or outcome.exit_code >= 128 else GiveUp
+    raise kind(f"{step}: {outcome.reason}; its log is {outcome.log}")
+
+
+def _drive_training(run: Run, request: TrainRequest) -> tuple[dict[str, Any], float]:
+    began = time.time()
+
+    def on_attempts(attempts: list[Attempt]) -> None:
+        run.workload = f"train-{request.spec.key[:12]}-{attempts[-1].number}" if attempts[-1].ended is None else ""
+        run.attempts_changed(attempts)
+
+    trained: TrainedModel = train_model(
+        request,
+        runner=run.runner,
+        store=run.store,
+        on_line=lambda line: run.event("line", step="train_model", line=line),
+        on_attempts=on_attempts,
+    )
+    return asdict(trained), time.time() - began
