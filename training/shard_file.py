@@ -1,0 +1,188 @@
+"""One rank's tensors as one file in the safetensors format, written from one flat buffer and hashed on the way.
+
+The file is what the safetensors library reads: 8 bytes of header length, a JSON header, the tensors' bytes without a
+gap. Because the buffer (training/staging.py) has the same layout as the file, writing is a few large writes, no
+serialisation. A shard of a larger tensor says so in the header's metadata, with the rank's own small state.
+Not covered: which rank writes what (training/checkpoint.py) and where files go (training/checkpoint_store.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+PAGE = 4096  # the header is padded to it, so that tensor data may be written past the page cache
+CHUNK = 16 << 20  # bytes hashed and written at a time: large enough to amortise a call, small enough to yield
+PAD = "__pad__"  # names of filler entries: the format allows no gaps
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    **{getattr(torch, f"uint{bits}"): f"U{bits}" for bits in (16, 32, 64) if hasattr(torch, f"uint{bits}")},
+}
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A tensor, or the part of one that a rank holds: `shape` at `offsets` of a tensor of shape `whole`."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    whole: tuple[int, ...]
+    start: int  # byte offset in the rank's buffer
+    nbytes: int
+
+    @property
+    def entry(self) -> str:
+        """The name in the file: the key, and for a true part its offsets."""
+        return self.key if self.shape == self.whole else f"{self.key}@{','.join(map(str, self.offsets))}"
+
+
+def lay_out(
+    parts: Iterable[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]],
+) -> Layout:
+    """Places for (key, dtype, shape, offsets, whole, on_device): device tensors first, wide types first, each start
+    aligned to its element size. Raises TypeError for a type that the format lacks."""
+    pieces: list[Piece] = []
+    pads: list[tuple[int, int]] = []
+    at = device_bytes = 0
+    for key, dtype, shape, offsets, whole, on_device in sorted(parts, key=lambda p: (not p[5], -p[1].itemsize)):
+        if dtype not in _DTYPES:
+            raise TypeError(
+                f"{key}: tensors of {dtype} cannot be checkpointed; convert it, or keep it out of the state"
+            )
+        if gap := -at % dtype.itemsize:
+            pads.append((at, gap))
+            at += gap
+        nbytes = dtype.itemsize
+        for extent in shape:
+            nbytes *= extent
+        pieces.append(Piece(key=key, dtype=dtype, shape=shape, offsets=offsets, whole=whole, start=at, nbytes=nbytes))
+        at += nbytes
+        device_bytes = at if on_device else device_bytes
+    return Layout(pieces=tuple(pieces), pads=tuple(pads), nbytes=at, device_bytes=device_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where each piece lies in a rank's buffer, which is also the data part of its file."""
+
+    pieces: tuple[Piece, ...]
+    pads: tuple[tuple[int, int], ...]
+    nbytes: int
+    device_bytes: int  # the leading part that comes from an accelerator
+
+    def header(self, metadata: dict[str, Any]) -> bytes:
+        """The file's first bytes. `metadata` is JSON-able and kept as text under its keys, as the format wants."""
+        entries: dict[str, Any] = {}
+        parts = {p.entry: [p.key, p.offsets, p.whole] for p in self.pieces if p.shape != p.whole}
+        entries["__metadata__"] = {key: json.dumps(value) for key, value in {**metadata, "parts": parts}.items()}
+        for p in self.pieces:
+            entries[p.entry] = {
+                "dtype": _DTYPES[p.dtype],
+                "shape": p.shape,
+                "data_offsets": [p.start, p.start + p.nbytes],
+            }
+        for start, size in self.pads:
+            entries[f"{PAD}{start}"] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+        text = json.dumps(entries).encode()
+        text += b" " * (-(8 + len(text)) % PAGE)
+        return struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardHeader:
+    """What a file's header says: `pieces` (their `start` relative to the data) and the metadata."""
+
+    pieces: tuple[Piece, ...]
+    metadata: dict[str, Any]
+    data_start: int
+
+
+def header_length(first: bytes) -> int:
+    """Length of the whole header, its 8 length bytes included, from a file's first 8 bytes."""
+    return 8 + int(struct.unpack("<Q", first[:8])[0])
+
+
+def read_header(raw: bytes) -> ShardHeader:
+    """Parse the header at the start of `raw`. Raises ValueError when it is not one."""
+    size = header_length(raw)
+    if not 8 < size <= len(raw):
+        raise ValueError(f"not a checkpoint file: header of {size} bytes in {len(raw)}")
+    entries = json.loads(raw[8:size])
+    metadata = {key: json.loads(value) for key, value in entries.pop("__metadata__").items()}
+    parts = metadata.pop("parts")
+    pieces = []
+    for entry, found in entries.items():
+        if entry.startswith(PAD):
+            continue
+        shape = tuple(found["shape"])
+        key, offsets, whole = parts.get(entry, (entry, [0] * len(shape), shape))
+        start, end = found["data_offsets"]
+        pieces.append(
+            Piece(
+                key=key,
+                dtype=_BY_NAME[found["dtype"]],
+                shape=shape,
+                offsets=tuple(offsets),
+                whole=tuple(whole),
+                start=start,
+                nbytes=end - start,
+            )
+        )
+    return ShardHeader(pieces=tuple(pieces), metadata=metadata, data_start=size)
+
+
+class Writer(Protocol):
+    """An open file of the store."""
+
+    def write(self, data: memoryview) -> None:
+        """Append."""
+
+
+def write_shard(writer: Writer, header: bytes, chunks: Iterator[memoryview]) -> tuple[int, str]:
+    """Write header and data, hashing each chunk while it is in the cache: (bytes, sha256). The calls that cost time
+    release the interpreter lock."""
+    digest = hashlib.sha256(header)
+    with mmap.mmap(-1, len(header)) as page:  # writes past the page cache want aligned memory
+        page[:] = header
+        with memoryview(page) as view:
+            writer.write(view)
+    size = len(header)
+    for chunk in chunks:
+        digest.update(chunk)
+        writer.write(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
+
+
+def tensor_in(buffer: Any, header: ShardHeader, piece: Piece) -> torch.Tensor:
+    """The piece as a tensor over `buffer`, the whole file's bytes (no copy when aligned)."""
+    if not piece.nbytes:
+        return torch.empty(piece.shape, dtype=piece.dtype)
+    start = header.data_start + piece.start
+    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=piece.nbytes, offset=start)
+    if start % piece.dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(piece.dtype).reshape(piece.shape)
