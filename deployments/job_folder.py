@@ -52,8 +52,8 @@ class JobFolder:
 
     def supervisor(self) -> processes.Identity | None:
         """Who runs it, or ran it last; None if it was never started."""
-        record = self.read("process.json")
-        return processes.Identity(pid=record["pid"], start=record["start"]) if record else None
+        found = processes.recall(self.folder / "process.json")
+        return found[0] if found else None
 
     def exit(self) -> tuple[int, float] | None:
         """The exit code and when it was written (unix seconds). Only to be asked once the supervisor is gone."""

@@ -153,8 +153,15 @@ class Laptop:
         started, kills = time.time(), oom_kills()
         shell = ["/bin/sh", "-c", _SUPERVISOR, "reprise-job", str(job.folder), *argv]
         supervisor = processes.spawn(shell, env=env, log=job.log)
-        record = {"started": started, "grace_seconds": workload.grace_seconds, "oom_kills": kills, "argv": argv}
-        job.write("process.json", asdict(supervisor) | record | {"labels": dict(workload.labels)})
+        processes.remember(
+            job.folder / "process.json",
+            supervisor,
+            started=started,
+            grace_seconds=workload.grace_seconds,
+            oom_kills=kills,
+            argv=argv,
+            labels=dict(workload.labels),
+        )
         return supervisor
 
     def _follow(self, job: JobFolder, supervisor: processes.Identity | None, tick: Callable[[], None]) -> Iterator[str]:

@@ -10,13 +10,15 @@ Not covered: processes of other users, and programs that wipe their environment 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -79,6 +81,22 @@ def spawn(argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> Identity
         setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT],
     )
     return Identity.of(pid)
+
+
+def remember(path: Path, identity: Identity, **more: Any) -> None:
+    """Write down who it is, and more, in one rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(asdict(identity) | more, indent=1, sort_keys=True))
+    aside.replace(path)
+
+
+def recall(path: Path) -> tuple[Identity, dict[str, Any]] | None:
+    """Who it was, and the whole record; None if nothing (readable) was written down."""
+    try:
+        record = json.loads(path.read_text())
+        return Identity(pid=record["pid"], start=record["start"]), record
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def marks(variable: str) -> dict[int, str]:
