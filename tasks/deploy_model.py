@@ -1,0 +1,170 @@
+"""A packaged version into service, or an earlier one back: alias, default version and .mar digest in one transaction.
+
+    python -m tasks.step deploy_model request.json result.json
+
+Running it again is always right: after a kill it continues or undoes what was under way, and a version that is in
+service already is verified, not deployed again. On any failure the old version serves on, the new one is removed, the
+alias is as before, and the error says why. Not covered: the order itself (tasks.rollout), its record (tasks.endpoint).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.errors import GiveUp
+from deployments.serving import TorchServe
+from tasks.champion import Champion
+from tasks.endpoint import EndpointRecord, Version
+from tasks.golden import read_golden
+from tasks.rollout import Limits, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployRequest:
+    """What to put into service, and what it has to keep to. Seconds; paths absolute."""
+
+    key: str
+    pipeline: str
+    version: str  # MLflow's
+    label: str  # TorchServe's, from package_model
+    mar: str
+    sha256: str
+    management_url: str
+    inference_url: str
+    serve: dict[str, Any] = field(default_factory=dict)
+    golden: str  # heldout.jsonl
+    golden_count: int = 20
+    soak_seconds: float = 1.0
+    tracking_uri: str
+    record: str  # folder of the endpoints' records: <store>/endpoints
+    tolerance: float = 1e-4
+    start_seconds: float = 120.0
+    max_p95_seconds: float = 1.0
+    canary_samples: int = 0  # held-out samples on which old and new are compared; 0: none
+    canary_max_accuracy_drop: float = 0.05
+    lock_wait_seconds: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """What is in service now."""
+
+    url: str
+    version: str
+    label: str
+    sha256: str
+    previous: str | None  # MLflow version that served before, or None
+    seconds: float
+    golden_passed: int
+    changed: bool  # False: it was in service already
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackRequest:
+    """Back to an earlier version: `to` is an MLflow version or a label; empty is the one before."""
+
+    pipeline: str
+    to: str = ""
+    management_url: str
+    inference_url: str
+    tracking_uri: str
+    record: str
+    soak_seconds: float = 1.0
+    lock_wait_seconds: float = 300.0
+
+
+def deploy_model(request: DeployRequest) -> Endpoint:
+    """Put the version into service. Raises GiveUp (refused, and all is as before) or TryAgain (a server is away)."""
+    return run(request, lambda phase: None)
+
+
+def run(request: DeployRequest, on_phase: Callable[[str], None]) -> Endpoint:
+    """`deploy_model`, telling every transition."""
+    target = Version(
+        version=request.version,
+        label=request.label,
+        mar=request.mar,
+        sha256=request.sha256,
+        golden=request.golden,
+        key=request.key,
+        golden_count=request.golden_count,
+        tolerance=request.tolerance,
+        serve=request.serve,
+    )
+    limits = Limits(
+        start_seconds=request.start_seconds,
+        soak_seconds=request.soak_seconds,
+        max_p95_seconds=request.max_p95_seconds,
+        canary_samples=request.canary_samples,
+        max_accuracy_drop=request.canary_max_accuracy_drop,
+        request_seconds=float(request.serve.get("response_timeout_seconds", 30)) + 1,
+    )
+    rollout = rollout_of(request, limits, on_phase)
+    return put_into_service("deploy", rollout, target, request)
+
+
+def roll_back(request: RollbackRequest, on_phase: Callable[[str], None] = lambda phase: None) -> Endpoint:
+    """An earlier version back in service, by the same transaction. Raises GiveUp if there is none, or as deploying."""
+    rollout = rollout_of(request, Limits(soak_seconds=request.soak_seconds), on_phase)
+    record = rollout.record
+    if request.to:
+        target = record.find(request.to)
+    elif (before := record.previous()) is not None:
+        target = before
+    else:
+        raise GiveUp(
+            f"{request.pipeline}: no version was in service before this one, so there is nothing to go back to"
+        )
+    return put_into_service("rollback", rollout, target, request)
+
+
+def rollout_of(request: DeployRequest | RollbackRequest, limits: Limits, on_phase: Callable[[str], None]) -> Rollout:
+    """The machinery for one endpoint."""
+    return Rollout(
+        TorchServe(request.management_url, request.inference_url),
+        Champion(tracking_uri=request.tracking_uri, model=request.pipeline),
+        EndpointRecord(folder=request.record, pipeline=request.pipeline),
+        limits,
+        on_phase=on_phase,
+    )
+
+
+def put_into_service(
+    kind: str, rollout: Rollout, target: Version, request: DeployRequest | RollbackRequest
+) -> Endpoint:
+    """Under the endpoint's lock: verify what is in service already, or move."""
+    began = time.monotonic()
+    with rollout.record.lock(request.lock_wait_seconds):
+        changed = not in_service(rollout, target)
+        passed = rollout.move(kind, target) if changed else verify(rollout, target)
+        old = rollout.record.previous()
+    return Endpoint(
+        url=f"{request.inference_url.rstrip('/')}/predictions/{request.pipeline}",
+        version=target.version,
+        label=target.label,
+        sha256=target.sha256,
+        previous=old.version if old else None,
+        seconds=round(time.monotonic() - began, 3),
+        golden_passed=passed,
+        changed=changed,
+    )
+
+
+def in_service(rollout: Rollout, target: Version) -> bool:
+    """Whether record, server and alias all name the target, with nothing under way and nothing left over."""
+    serving = rollout.record.serving()
+    if serving is None or (serving.label, serving.sha256) != (target.label, target.sha256):
+        return False
+    found = rollout.versions()
+    healthy = [version.label for version in found if version.default and version.ready >= version.workers]
+    alone = [version.label for version in found] == healthy == [target.label]
+    return alone and rollout.record.read()["transaction"] is None and rollout.champion.read() == target.version
+
+
+def verify(rollout: Rollout, target: Version) -> int:
+    """Golden requests to what is in service. Raises GiveUp if it answers wrongly."""
+    golden = read_golden(target.golden, target.golden_count)
+    return rollout.prove(target, rollout.check_mar(target), golden, pinned=False)
