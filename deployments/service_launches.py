@@ -76,7 +76,7 @@ def prefect_launch(folder: Path, port: int, python: str = sys.executable) -> Lau
     }
     argv = [python, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     # In its own folder, because Prefect reads prefect.toml, pyproject.toml and .env where it is started.
-    return argv, _environment("PREFECT_") | own, folder
+    return argv, _environment() | own, folder
 
 
 def mlflow_launch(folder: Path, port: int, python: str = sys.executable) -> Launch:
@@ -91,7 +91,7 @@ def mlflow_launch(folder: Path, port: int, python: str = sys.executable) -> Laun
     argv = [python, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     argv += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     argv += ["--artifacts-destination", f"{folder}/artifacts", "--serve-artifacts"]
-    return argv, _environment("MLFLOW_", "_MLFLOW_") | own, folder
+    return argv, _environment() | own, folder
 
 
 def torchserve_launch(folder: Path, models: Path, ports: Mapping[str, int], python: str = sys.executable) -> Launch:
@@ -102,6 +102,8 @@ def torchserve_launch(folder: Path, models: Path, ports: Mapping[str, int], pyth
     return argv, env, cwd
 
 
-def _environment(*without: str) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Ours, less what would configure a server behind our back."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(without)}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "_MLFLOW_"))
+    }

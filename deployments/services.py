@@ -30,6 +30,7 @@ from deployments.service_launches import NAMES, Service, laptop_services
 
 START_SECONDS = 180.0  # on a busy machine Prefect's first start takes its time: it makes its database
 STOP_SECONDS = 8.0  # from SIGTERM to SIGKILL
+REPLACE_SECONDS = 3.0  # the same, for the rest of a server that is about to be started again
 State = Literal["starting", "ready", "reused", "stopping", "stopped"]
 OnProgress = Callable[[str, State, float], None]  # name, state, seconds since we were asked
 
@@ -85,7 +86,8 @@ def start_all(
         return
     with _lock(services[0].folder.parent, tell_all):
         new = [service for service in services if not _runs_as_wanted(service)]
-        _stop([service.folder for service in new])  # the rest of one that died, or one on yesterday's ports
+        # The rest of one that died, or one on yesterday's ports.
+        _stop([service.folder for service in new], grace_seconds=REPLACE_SECONDS)
         for service in new:
             _check_ports(service)
         for service in new:
