@@ -13,8 +13,6 @@ random states: `CheckpointInfo.per_rank` gives them all.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import math
 import os
@@ -32,23 +30,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from training import shard_file
-from training.checkpoint_audit import main, manifest_of, newest_complete, verify
+from training.checkpoint_audit import main, newest_complete, verify
+from training.checkpoint_load import IdentityMismatch, Verified, take, verify_for
+from training.checkpoint_plan import plan_save, signature
 from training.checkpoint_store import CheckpointWriteError, Store, open_store
 from training.manifest import DamagedCheckpoint, Manifest, StoredFile
-from training.shard_file import Layout, ShardHeader
-from training.staging import Arena, HostStaging, Snapshot, Staging
-from training.state_codec import decode, encode
-from training.state_tree import FlatState, StateMismatch, flatten, restore, targets
+from training.shard_file import Layout, shard_name
+from training.staging import HostStaging, Snapshot, Staging
+from training.state_codec import encode
+from training.state_tree import FlatState, StateMismatch, flatten
 
 __all__ = [
     "CheckpointInfo",
@@ -67,10 +59,6 @@ __all__ = [
 
 class NoGoodCheckpoint(RuntimeError):
     """There were checkpoints and every one is damaged. Never answered by starting at step 0 in silence."""
-
-
-class IdentityMismatch(ValueError):
-    """The checkpoint was made by other code, another configuration or other data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +90,6 @@ class CheckpointInfo:
 def p95(values: Sequence[float]) -> float:
     """The 95th percentile (nearest rank, so a measured value); nan for none."""
     return sorted(values)[math.ceil(0.95 * len(values)) - 1] if values else math.nan
-
-
-def shard_name(rank: int) -> str:
-    """The file of one rank."""
-    return f"rank-{rank:05d}.safetensors"
 
 
 def _environment() -> dict[str, str]:
@@ -301,10 +284,8 @@ class Checkpointer:
         self._planned(flatten(state))
 
     def _planned(self, flat: FlatState) -> _Plan:
-        signature = hash(
-            tuple((key, tensor.shape, tensor.dtype, tensor.device.type) for key, tensor in flat.tensors.items())
-        )
-        if self._plan is not None and self._plan.signature == signature:
+        structure = signature(flat)
+        if self._plan is not None and self._plan.signature == structure:
             return self._plan
         if self._job is not None:
             with suppress(Exception):  # told by the next wait
@@ -312,28 +293,8 @@ class Checkpointer:
         if self._plan is not None:
             self._plan.staging.close()
             self._plan = None
-        # Replicas are the same everywhere, except what forward changes (running statistics): there rank 0 decides.
-        offered = {
-            key: tensor
-            for key, tensor in flat.tensors.items()
-            if self.rank == 0 or key in flat.steady or hasattr(tensor, "placements")
-        }
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(offered, is_coordinator=self.rank == 0)
-        local = self._gather("plan", planner.create_local_plan())
-        items = planner.create_global_plan(local)[0][self.rank].items
-        layout = shard_file.lay_out(
-            (
-                item.index.fqn,
-                item.tensor_data.properties.dtype,
-                tuple(item.tensor_data.chunk.sizes),
-                tuple(item.tensor_data.chunk.offsets),
-                tuple(item.tensor_data.size),
-                flat.tensors[item.index.fqn].device.type != "cpu",
-            )
-            for item in items
-        )
-        self._plan = _Plan(signature=signature, layout=layout, staging=HostStaging(layout))
+        layout = plan_save(flat, self.rank, self._gather)
+        self._plan = _Plan(signature=structure, layout=layout, staging=HostStaging(layout))
         return self._plan
 
     def _sources(self, flat: FlatState, plan: _Plan) -> list[tuple[shard_file.Piece, torch.Tensor]]:
@@ -407,13 +368,13 @@ class Checkpointer:
         writer = self.store.create(job.name, file, len(header) + job.plan.layout.nbytes)
         try:
             job.snapshot.wait()
-            nbytes, digest = shard_file.write_shard(writer, header, job.snapshot.chunks())
+            stored = shard_file.write_shard(writer, header, job.snapshot.chunks())
             writer.finish()
         except BaseException:
             writer.drop()
             raise
         self.store.settle(job.name)
-        return StoredFile(bytes=nbytes, sha256=digest)
+        return stored
 
     def _manifest(self, job: _Job, outcomes: Sequence[Any]) -> Manifest:
         return Manifest(
@@ -443,21 +404,21 @@ class Checkpointer:
             self.store.sweep(self._token)
         skipped: list[Skipped] = []
         for name in self._agree_on(self.store.names()):
-            refusal: Exception | None = None
-            reason, checked = None, None
+            found, damage, refusal = None, None, None
             try:
-                reason, checked = self._verify_mine(name, state)
-            except Exception as error:  # told after the other ranks know, or they would wait for this one
+                found = verify_for(self.store, name, state, self.identity, self.rank, self.world)
+            except DamagedCheckpoint as error:
+                damage = str(error)
+            except Exception as error:  # raised once the other ranks know, or they would wait for this one
                 refusal = error
-            outcomes = self._gather(f"verified {name}", (reason, refusal and f"{type(refusal).__name__}: {refusal}"))
+            outcomes = self._gather(f"verified {name}", (damage, refusal and f"{type(refusal).__name__}: {refusal}"))
             if refusal is not None:
                 raise refusal
             if refused := [text for _, text in outcomes if text]:
                 raise RuntimeError(f"another rank could not load {self.store.url}/{name}: {refused[0]}")
             reasons = [text for text, _ in outcomes]
-            if not any(reasons):
-                assert checked is not None
-                return self._take(name, state, *checked, tuple(skipped))
+            if found is not None and not any(reasons):
+                return self._taken(name, found, state, tuple(skipped))
             told = "; ".join(sorted({r for r in reasons if r}))
             moved = self._agree_on(self.store.quarantine(name, told) if self.rank == 0 else None)
             skipped.append(Skipped(name=name, reason=told, moved_to=moved))
@@ -470,108 +431,10 @@ class Checkpointer:
             "Repair one under quarantine/, or choose a new store URL to train from the start"
         )
 
-    def _verify_mine(self, name: str, state: Mapping[str, Any]) -> tuple[str | None, Any]:
-        """(what is wrong, None) or (None, what `_take` needs). Each file is hashed by a rank that needs it; one that
-        nobody needs, by rank index."""
-        try:
-            manifest = manifest_of(self.store, name)
-            self._check_identity(name, manifest)
-            headers = {file: self._header(name, file, stored) for file, stored in manifest.files.items()}
-            wanted, reads = self._load_plan(headers, state)
-            buffers: dict[str, Arena] = {}
-            for i, (file, stored) in enumerate(sorted(manifest.files.items())):
-                if file in reads or i % self.world == self.rank:
-                    arena = read_verified(self.store, name, file, stored)
-                    if file in reads:
-                        buffers[file] = arena
-            return None, (manifest, headers, wanted, reads, buffers)
-        except (DamagedCheckpoint, FileNotFoundError) as error:
-            return str(error), None
-        except OSError as error:
-            if error.errno == errno.EIO:  # the medium is damaged; a refused or lost connection damages nothing
-                return str(error), None
-            raise
-
-    def _check_identity(self, name: str, manifest: Manifest) -> None:
-        for key in sorted(set(self.identity) | set(manifest.identity)):
-            found, expected = manifest.identity.get(key), self.identity.get(key)
-            if found != expected:
-                raise IdentityMismatch(
-                    f"{self.store.url}/{name}: {key} has changed since it was saved: the checkpoint has {found!r}, this "
-                    f"training has {expected!r}. Resume with the same {key}, or train into another store URL"
-                )
-
-    def _header(self, name: str, file: str, stored: StoredFile) -> ShardHeader:
-        if (size := self.store.size(name, file)) != stored.bytes:
-            raise DamagedCheckpoint(f"{name}/{file}: {size} bytes, {stored.bytes} were written")
-        try:
-            first = self._first(name, file, 8)
-            length = shard_file.header_length(first)
-            if not 8 < length <= stored.bytes:
-                raise ValueError(f"header of {length} bytes")
-            return shard_file.read_header(self._first(name, file, length))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpoint(f"{name}/{file}: unreadable header ({error})") from error
-
-    def _first(self, name: str, file: str, nbytes: int) -> bytes:
-        buffer = bytearray(nbytes)
-        for _ in self.store.chunks(name, file, memoryview(buffer)):
-            pass
-        return bytes(buffer)
-
-    def _load_plan(self, headers: Mapping[str, ShardHeader], state: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Targets by key, and the reads by file, as torch.distributed.checkpoint's load planner decides."""
-        chunks: dict[str, list[Any]] = {}
-        where: dict[tuple[str, tuple[int, ...]], tuple[str, Any]] = {}
-        stored = {}
-        for file, header in headers.items():
-            for piece in header.pieces:
-                chunks.setdefault(piece.key, []).append(piece)
-                where[piece.key, piece.offsets] = (file, piece)
-                stored[piece.key] = (torch.Size(piece.whole), piece.dtype)
-        first = headers[shard_name(0)].metadata
-        wanted = targets(state, first["objects"], first["aliases"], stored)
-        metadata = Metadata(
-            state_dict_metadata={
-                key: TensorStorageMetadata(
-                    properties=TensorProperties(dtype=pieces[0].dtype),
-                    size=torch.Size(pieces[0].whole),
-                    chunks=[
-                        ChunkStorageMetadata(offsets=torch.Size(p.offsets), sizes=torch.Size(p.shape)) for p in pieces
-                    ],
-                )
-                for key, pieces in chunks.items()
-            }
-        )
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(wanted, metadata, is_coordinator=self.rank == 0)
-        reads: dict[str, list[Any]] = {}
-        for item in planner.create_local_plan().items:
-            index: MetadataIndex = item.storage_index
-            file, piece = where[index.fqn, tuple(index.offset or ())]
-            reads.setdefault(file, []).append((piece, item, planner.resolve_tensor(item)))
-        return wanted, reads
-
-    def _take(
-        self,
-        name: str,
-        state: Mapping[str, Any],
-        manifest: Manifest,
-        headers: Mapping[str, ShardHeader],
-        wanted: Mapping[str, torch.Tensor],
-        reads: Mapping[str, Sequence[Any]],
-        buffers: Mapping[str, Arena],
-        skipped: tuple[Skipped, ...],
+    def _taken(
+        self, name: str, found: Verified, state: Mapping[str, Any], skipped: tuple[Skipped, ...]
     ) -> CheckpointInfo:
-        with torch.no_grad():
-            for file, items in reads.items():
-                for piece, item, target in items:
-                    source = shard_file.tensor_in(buffers[file].view, headers[file], piece)
-                    for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                        source = source.narrow(dim, start, length)
-                    target.copy_(source)
-        restore(state, decode(headers[shard_name(0)].metadata["objects"]), wanted)
-        per_rank = tuple(decode(headers[shard_name(rank)].metadata["per_rank"]) for rank in range(manifest.world))
+        per_rank, manifest = take(found, state), found.manifest
         return CheckpointInfo(
             step=manifest.step,
             complete=manifest.complete,
@@ -584,18 +447,6 @@ class Checkpointer:
             mine=per_rank[self.rank] if manifest.world == self.world else None,
             skipped=skipped,
         )
-
-
-def read_verified(store: Store, name: str, file: str, stored: StoredFile) -> Arena:
-    """The file's bytes, hashed as they arrive. Raises DamagedCheckpoint."""
-    arena = Arena(stored.bytes)
-    digest, got = hashlib.sha256(), 0
-    for chunk in store.chunks(name, file, arena.view):
-        digest.update(chunk)
-        got += len(chunk)
-    if got != stored.bytes or digest.hexdigest() != stored.sha256:
-        raise DamagedCheckpoint(f"{name}/{file}: sha256 of its {got} bytes is not that of the {stored.bytes} written")
-    return arena
 
 
 if __name__ == "__main__":

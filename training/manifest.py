@@ -23,10 +23,13 @@ class DamagedCheckpoint(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """One file of a checkpoint."""
+    """One file of a checkpoint. Its header has a digest of its own, so that it may be believed before the rest is
+    read."""
 
     bytes: int
     sha256: str
+    header_bytes: int
+    header_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)

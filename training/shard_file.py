@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from training.manifest import StoredFile
+
 PAGE = 4096  # the header is padded to it, so that tensor data may be written past the page cache
 CHUNK = 16 << 20  # bytes hashed and written at a time: large enough to amortise a call, small enough to yield
 PAD = "__pad__"  # names of filler entries: the format allows no gaps
@@ -39,6 +41,11 @@ _DTYPES = {
     **{getattr(torch, f"uint{bits}"): f"U{bits}" for bits in (16, 32, 64) if hasattr(torch, f"uint{bits}")},
 }
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def shard_name(rank: int) -> str:
+    """The file of one rank."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,16 +127,9 @@ class ShardHeader:
     data_start: int
 
 
-def header_length(first: bytes) -> int:
-    """Length of the whole header, its 8 length bytes included, from a file's first 8 bytes."""
-    return 8 + int(struct.unpack("<Q", first[:8])[0])
-
-
 def read_header(raw: bytes) -> ShardHeader:
-    """Parse the header at the start of `raw`. Raises ValueError when it is not one."""
-    size = header_length(raw)
-    if not 8 < size <= len(raw):
-        raise ValueError(f"not a checkpoint file: header of {size} bytes in {len(raw)}")
+    """Parse the header at the start of `raw`, whose digest has been checked."""
+    size = 8 + int(struct.unpack("<Q", raw[:8])[0])
     entries = json.loads(raw[8:size])
     metadata = {key: json.loads(value) for key, value in entries.pop("__metadata__").items()}
     parts = metadata.pop("parts")
@@ -161,9 +161,9 @@ class Writer(Protocol):
         """Append."""
 
 
-def write_shard(writer: Writer, header: bytes, chunks: Iterator[memoryview]) -> tuple[int, str]:
-    """Write header and data, hashing each chunk while it is in the cache: (bytes, sha256). The calls that cost time
-    release the interpreter lock."""
+def write_shard(writer: Writer, header: bytes, chunks: Iterator[memoryview]) -> StoredFile:
+    """Write header and data, hashing each chunk while it is in the cache. The calls that cost time release the
+    interpreter lock."""
     digest = hashlib.sha256(header)
     with mmap.mmap(-1, len(header)) as page:  # writes past the page cache want aligned memory
         page[:] = header
@@ -174,7 +174,12 @@ def write_shard(writer: Writer, header: bytes, chunks: Iterator[memoryview]) -> 
         digest.update(chunk)
         writer.write(chunk)
         size += len(chunk)
-    return size, digest.hexdigest()
+    return StoredFile(
+        bytes=size,
+        sha256=digest.hexdigest(),
+        header_bytes=len(header),
+        header_sha256=hashlib.sha256(header).hexdigest(),
+    )
 
 
 def tensor_in(buffer: Any, header: ShardHeader, piece: Piece) -> torch.Tensor:
