@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import GiveUp
+from deployments.errors import GiveUp, TryAgain
 from deployments.workload import INTERRUPTIONS, Outcome, Resources, Runner, Workload
 from tasks.records import Attempt, Store
 from training.spec import EXIT_BAD_SPEC, EXIT_NO_GOOD_CHECKPOINT, TrainResult, TrainSpec
-from training.tracking import TrackingError, find_or_create_run, set_tags
+from training.tracking import ChangedParameters, TrackingRefused, TrackingUnavailable, end_run, find_or_create_run, set_tags
 
 
 
@@ -126,9 +126,12 @@ def _tracking_run(request: TrainRequest) -> str:
         **spec.params,
     }
     name = f"{spec.pipeline}-{spec.key[:7]}"
-    return find_or_create_run(
-        spec.mlflow_uri, request.experiment, spec.key, name, tags=request.tags, params={k: str(v) for k, v in fixed.items()}
-    )
+    try:
+        return find_or_create_run(spec.mlflow_uri, request.experiment, spec.key, name, tags=request.tags, params=fixed)
+    except TrackingUnavailable as error:
+        raise TryAgain(str(error)) from error
+    except (TrackingRefused, ChangedParameters) as error:
+        raise GiveUp(str(error)) from error
 
 
 def _tag_attempts(spec: TrainSpec, attempts: list[Attempt]) -> None:
@@ -139,7 +142,8 @@ def _tag_attempts(spec: TrainSpec, attempts: list[Attempt]) -> None:
     tags = {"reprise.attempts": str(len(attempts)), "reprise.ledger": "; ".join(rows)}
     try:
         set_tags(spec.mlflow_uri, spec.mlflow_run, tags)
-    except TrackingError:
+        end_run(spec.mlflow_uri, spec.mlflow_run)
+    except (TrackingUnavailable, TrackingRefused):
         return
 
 
