@@ -7,85 +7,37 @@ keys stand in the models below. Not covered: whether data, module or revision ex
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from deployments.errors import ConfigError
-from flows.quantities import Interruption, parse_duration, parse_interruption, parse_memory
-from flows.settings_errors import check, did_you_mean, read_toml
+from flows.place_settings import PlaceSettings as PlaceSettings
+from flows.place_settings import load_place as load_place
+from flows.setting_types import (
+    CodePath,
+    Count,
+    CountOrZero,
+    DataPath,
+    Duration,
+    Finite,
+    NotNegative,
+    PythonFile,
+    Scalar,
+    Section,
+    as_tuple,
+)
+from flows.settings_errors import check, read_file, read_toml
 
-PLACES = Path(__file__).resolve().parent.parent / "deployments"  # the places shipped with Reprise
-STEPS = ("pull_data", "train_model", "register_model", "package_model", "deploy_model", "check_endpoint")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
 
 
-def _memory(value: Any) -> Any:
-    parse_memory(value)
-    return value
-
-
-def _memory_or_none(value: Any) -> Any:
-    return value if value == "" else _memory(value)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _scalar(value: Any) -> Any:
-    if not isinstance(value, str | int | float | bool):
-        raise ValueError("expected text, a number, true or false")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("expected a finite number, not nan or inf")
-    return value
-
-
-def _relative(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    path = PurePosixPath(value)
-    if not value or path.is_absolute() or value.startswith("-") or "\\" in value or "\0" in value:
-        raise ValueError("expected a path relative to the folder of pipeline.toml, with forward slashes")
-    return value
-
-
-def _inside(value: Any) -> Any:
-    if isinstance(_relative(value), str) and ".." in PurePosixPath(value).parts:
-        raise ValueError("expected a path inside the folder of pipeline.toml, without '..'")
-    return value
-
-
-def _python_file(value: Any) -> Any:
-    if isinstance(_inside(value), str) and not (value.endswith(".py") and PurePosixPath(value).stem.isidentifier()):
-        raise ValueError('expected the name of a Python file such as "digits.py"')
-    return value
-
-
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Duration = Annotated[float, BeforeValidator(parse_duration)]  # seconds; "10m" in the file
-Memory = Annotated[str, BeforeValidator(_memory)]  # Kubernetes quantity
-Port = Annotated[int, Field(ge=1024, le=65535)]
-DataPath = Annotated[str, BeforeValidator(_relative)]  # may lead up, as long as it stays inside the repository
-CodePath = Annotated[str, BeforeValidator(_inside)]
-PythonFile = Annotated[str, BeforeValidator(_python_file)]
-Scalar = Annotated[Any, BeforeValidator(_scalar)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class PipelineSection(_Section):
+class PipelineSection(Section):
     """[pipeline]"""
 
     name: str  # of the model in MLflow and TorchServe, and of everything in Kubernetes
@@ -102,7 +54,7 @@ class PipelineSection(_Section):
         return value
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """[data]: what DVC tracks."""
 
     path: DataPath  # the DVC output, relative to the folder of pipeline.toml
@@ -110,14 +62,14 @@ class DataSettings(_Section):
     heldout: CodePath = "heldout"
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """[model]: the user's code."""
 
     module: PythonFile
-    files: Annotated[tuple[CodePath, ...], BeforeValidator(_tuple)] = ()  # whatever else the module reads or imports
+    files: Annotated[tuple[CodePath, ...], BeforeValidator(as_tuple)] = ()  # whatever else the module reads or imports
 
 
-class CheckpointSettings(_Section):
+class CheckpointSettings(Section):
     """[train.checkpoint]: see training.spec.CheckpointPolicy. Seconds."""
 
     min_interval: Duration = 5.0
@@ -143,7 +95,7 @@ class CheckpointSettings(_Section):
         return value
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     """[train]"""
 
     epochs: Count = 1
@@ -185,7 +137,7 @@ class TrainSettings(_Section):
         return {"shards": self.shards or self.workers, **{name: getattr(self, name) for name in names}}
 
 
-class GateSettings(_Section):
+class GateSettings(Section):
     """[gate]: what a trained model has to reach before it may be served."""
 
     metric: str = "accuracy"
@@ -202,7 +154,7 @@ class GateSettings(_Section):
         return value
 
 
-class ServeSettings(_Section):
+class ServeSettings(Section):
     """[serve]: TorchServe, and the rollout. Seconds."""
 
     batch_size: Count = 8
@@ -221,7 +173,7 @@ class ServeSettings(_Section):
         return value
 
 
-class CheckSettings(_Section):
+class CheckSettings(Section):
     """[check]: the endpoint against the trained model."""
 
     samples: Count = 1000
@@ -229,7 +181,7 @@ class CheckSettings(_Section):
     max_p95: Duration = 1.0  # seconds
 
 
-class _PipelineFile(_Section):
+class _PipelineFile(Section):
     pipeline: PipelineSection
     data: DataSettings
     model: ModelSettings
@@ -239,7 +191,7 @@ class _PipelineFile(_Section):
     check: CheckSettings = CheckSettings()
 
 
-class PipelineSettings(_Section):
+class PipelineSettings(Section):
     """One pipeline.toml, checked."""
 
     name: str
@@ -255,80 +207,6 @@ class PipelineSettings(_Section):
     def folder(self) -> Path:
         """The project folder: all paths of the file are relative to it."""
         return self.file.parent
-
-
-class PortSettings(_Section):
-    """[ports] of a laptop: all on loopback. TorchServe takes the last three too, one a worker from `workers`."""
-
-    prefect: Port = 14200
-    mlflow: Port = 15000
-    inference: Port = 18080
-    management: Port = 18081
-    metrics: Port = 18082
-    grpc_inference: Port = 17070
-    grpc_management: Port = 17071
-    workers: Port = 19000
-
-    @field_validator("*")
-    @classmethod
-    def _distinct(cls, value: int, info: ValidationInfo) -> int:
-        if (other := next((name for name, port in info.data.items() if port == value), None)) is not None:
-            raise ValueError(f"expected a port of its own; {other} has {value} already")
-        return value
-
-
-class SpotSettings(_Section):
-    """[spot]: how the place interrupts. A laptop plays the spot market itself; a cluster has a real one."""
-
-    grace: Duration = 10.0  # seconds from notice (SIGTERM) to the end (SIGKILL)
-    interruptions: Annotated[
-        tuple[Annotated[Interruption, BeforeValidator(parse_interruption)], ...], BeforeValidator(_tuple)
-    ] = ()  # ["notice@35%", "kill@70%"]
-
-
-class StepResources(_Section):
-    """[resources.STEP]: what a step asks for. A laptop checks them and ignores them: its steps share the machine."""
-
-    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    memory: Memory = "1Gi"
-    gpus: CountOrZero = 0
-    shm: Annotated[str, BeforeValidator(_memory_or_none)] = ""  # size of /dev/shm; empty: the container's own 64Mi
-
-
-class ResourceSettings(_Section):
-    """[resources]: by step."""
-
-    pull_data: StepResources = StepResources()
-    train_model: StepResources = StepResources()
-    register_model: StepResources = StepResources()
-    package_model: StepResources = StepResources()
-    deploy_model: StepResources = StepResources()
-    check_endpoint: StepResources = StepResources()
-
-
-class PlaceSection(_Section):
-    """[place]"""
-
-    kind: Literal["laptop"]
-    state: Annotated[str, Field(min_length=1)] = ".reprise"  # folder for services, jobs, store, cache and data
-
-
-class _PlaceFile(_Section):
-    place: PlaceSection
-    ports: PortSettings = PortSettings()
-    spot: SpotSettings = SpotSettings()
-    resources: ResourceSettings = ResourceSettings()
-
-
-class PlaceSettings(_Section):
-    """One laptop.toml, checked."""
-
-    kind: Literal["laptop"]
-    state: Path  # absolute
-    ports: PortSettings
-    spot: SpotSettings
-    resources: ResourceSettings
-    file: Path
 
 
 def slug(name: str) -> str:
@@ -348,39 +226,11 @@ def load_pipeline(
     the project folder; `overrides` are "train.epochs=3". Raises ConfigError with all mistakes, a line each.
     """
     place = file or (source if isinstance(source, Path) else Path("pipeline.toml"))
-    text = _text(source, source_name or str(source), what="a pipeline file") if isinstance(source, Path) else source
+    text = read_file(source, source_name or str(source), what="a pipeline file") if isinstance(source, Path) else source
     read = read_toml(text, source_name or str(place), overrides, example='[pipeline]\nname = "digits"')
     checked = check(_PipelineFile, read)
     sections = {name: getattr(checked, name) for name in ("data", "model", "train", "gate", "serve", "check")}
     return PipelineSettings(name=checked.pipeline.name, file=place.absolute(), **sections)
-
-
-def load_place(place: Path | str, folder: Path) -> PlaceSettings:
-    """Check the settings of a place: its name ("laptop": `folder`/laptop.toml, else the shipped one) or a file.
-
-    `folder` is the project folder: a relative `state` is below it. Raises ConfigError with all mistakes, a line each.
-    """
-    path = Path(place)
-    if path.suffix != ".toml":
-        known = sorted({p.stem for p in PLACES.glob("*.toml")})
-        path = next((p for p in (folder / f"{place}.toml", PLACES / f"{place}.toml") if p.is_file()), path)
-        if path.suffix != ".toml":
-            raise ConfigError(
-                f"place {str(place)!r} is not known{did_you_mean(str(place), known)}; "
-                f"expected one of: {', '.join(known)}, or a .toml file"
-            )
-    checked = check(
-        _PlaceFile,
-        read_toml(_text(path, str(path), what="a place file"), str(path), (), example='[place]\nkind = "laptop"'),
-    )
-    return PlaceSettings(
-        kind=checked.place.kind,
-        state=folder.absolute() / checked.place.state,
-        ports=checked.ports,
-        spot=checked.spot,
-        resources=checked.resources,
-        file=path.absolute(),
-    )
 
 
 def find_pipeline(start: Path) -> Path:
@@ -397,16 +247,3 @@ def find_pipeline(start: Path) -> Path:
         f"pipeline.toml: not found in {start} or the folders above it; "
         "make an example with `reprise demo`, or name the file with --pipeline FILE"
     )
-
-
-def _text(path: Path, name: str, *, what: str) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{name}: no such file; expected {what}; give another with its path, or make one") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{name}: is a folder; expected {what}; name the file in it") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: byte {error.start} is not UTF-8; expected {what}, which is UTF-8 text") from None
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read ({error.strerror}); expected {what}") from None

@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -64,6 +65,20 @@ class SettingsText:
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 1)
         top = len(path) == 1 and found is not _MISSING and not isinstance(found, Mapping)
         return (line, f"{self.name}:{line}: {path[0] if top else _dotted(path)}{value}: {expected}")
+
+
+def read_file(path: Path, name: str, *, what: str) -> str:
+    """The text of a settings file. Raises ConfigError if there is none or it is no text."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: no such file; expected {what}; give another with its path, or make one") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{name}: is a folder; expected {what}; name the file in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: byte {error.start} is not UTF-8; expected {what}, which is UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror}); expected {what}") from None
 
 
 def read_toml(text: str, name: str, overrides: Sequence[str], *, example: str) -> SettingsText:

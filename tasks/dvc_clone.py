@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.errors import ConfigError, GiveUp, PreflightError
+from tasks.data_faults import Remote
 
 
 @contextmanager
@@ -49,8 +50,8 @@ def open_clone(repo: Path, sha: str, path: str, clone: Path, cache: Path) -> Ite
         opened.close()
 
 
-def remote_of(repo: Any, out: Any) -> tuple[str, Any]:
-    """Name and object store of the remote that has the output. Raises PreflightError if there is none fit for use."""
+def remote_of(repo: Any, out: Any) -> Remote:
+    """The remote that has the output. Raises PreflightError if there is none fit for use."""
     name = out.remote or repo.config["core"].get("remote")
     known = ", ".join(repo.config["remote"]) or "none"
     if not name:
@@ -64,7 +65,8 @@ def remote_of(repo: Any, out: Any) -> tuple[str, Any]:
             f".dvc/config: remote {name!r} does not verify what it gives; expected verify = true; "
             f"set it: dvc remote modify {name} verify true && git commit"
         )
-    return name, repo.cloud.get_remote_odb(name=name, command="pull")
+    url = str(repo.config["remote"][name]["url"])
+    return Remote(name=name, url=url, odb=repo.cloud.get_remote_odb(name=name, command="pull"))
 
 
 def _config(cloned: Path, original: Path) -> dict[str, Any]:

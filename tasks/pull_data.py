@@ -2,15 +2,13 @@
 
     python -m tasks.step pull_data request.json result.json
 
-`<folder>/<digest>` appears complete and verified or not at all, and is adopted when it is there. DVC reports tampered
-objects as missing cache files, or not at all; so after a failure the remote's objects are read here, and the message
-says which file, which md5 was expected and which found. Not covered: which digest a commit has before anything is pulled
-(flows.data_pointer); cloud-versioned remotes.
+`<folder>/<digest>` appears complete and verified or not at all, and is adopted when it is there. An object
+of the own cache that turns out damaged is fetched again, once. Not covered: which digest a commit has before anything
+is pulled (flows.data_pointer); the words for what failed (tasks.data_faults); cloud-versioned remotes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import sys
@@ -19,11 +17,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deployments.errors import ConfigError, GiveUp, PreflightError, StepError, TryAgain
+from deployments.errors import ConfigError, GiveUp, PreflightError, StepError
+from tasks.data_faults import LISTING, Remote, explained, translated
 from tasks.data_listing import (
     Listing,
     Wrong,
@@ -38,20 +37,7 @@ from tasks.data_listing import (
 from tasks.dvc_clone import open_clone, remote_of
 from tasks.records import Store
 
-_AWAY = (
-    "ConnectionError",
-    "ConnectError",
-    "EndpointConnection",
-    "Timeout",
-    "ServerDisconnected",
-    "gaierror",
-    "SlowDown",
-)
-_DENIED = ("Permission", "Forbidden", "AccessDenied", "Credentials", "Unauthorized", "InvalidAccessKey", "Signature")
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-_LISTING = "the list of its files"
-_SHOWN = 3  # files named in one message
-_LOOKED_AT = 20  # objects read in the remote to explain a failure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +73,6 @@ class _Pull:
 
     request: PullRequest
     cache: Path
-    remote: str = ""
-    url: str = ""
-    odb: Any = None  # the remote's objects
     size: int = 0  # bytes of the data, as the pointer says
     fetched: int = 0
     last_line: float = 0.0
@@ -109,7 +92,7 @@ class _Pull:
 
 
 def pull_data(request: PullRequest) -> PulledData:
-    """Pull, verify, put into place. Raises ConfigError, PreflightError, TryAgain (network, locks), GiveUp (bad data)."""
+    """Pull, verify, put into place. Raises ConfigError, PreflightError, TryAgain (network), GiveUp (bad data)."""
     began = time.monotonic()
     _check(request)
     root = Path(request.folder)
@@ -156,14 +139,13 @@ def _pull_into(pull: _Pull, root: Path, target: Path, seal_file: Path) -> Listin
     try:
         with open_clone(Path(request.repo), request.sha, request.path, aside / "clone", pull.cache) as repo:
             out = _find_out(repo, aside / "clone" / request.path, request)
-            pull.remote, pull.odb = remote_of(repo, out)
-            pull.url = str(repo.config["remote"][pull.remote]["url"])
+            remote = remote_of(repo, out)
             pull.size = out.meta.size or 0
-            _check_reachable(pull)
+            _check_reachable(remote, request.path)
             if not request.digest.endswith(".dir"):
                 (aside / "data").mkdir()
             place = aside / "data" if request.digest.endswith(".dir") else aside / "data" / pull.name
-            listing = _checked_out(pull, repo, out, place)
+            listing = _checked_out(pull, remote, repo, out, place)
         if not listing:
             raise ConfigError(f"{request.path}@{request.sha[:7]}: the data is empty; expected files; dvc add them")
         seal(aside / "data", listing, seal_file)
@@ -190,7 +172,7 @@ def _find_out(repo: Any, path: Path, request: PullRequest) -> Any:
     return out
 
 
-def _checked_out(pull: _Pull, repo: Any, out: Any, place: Path) -> Listing:
+def _checked_out(pull: _Pull, remote: Remote, repo: Any, out: Any, place: Path) -> Listing:
     """Fetch and check out until every file is what the digest says: once more after a damaged object of the cache."""
     request, target = pull.request, out.fs_path
     failure: Exception | None = None
@@ -198,16 +180,16 @@ def _checked_out(pull: _Pull, repo: Any, out: Any, place: Path) -> Listing:
     for second in (False, True):
         with _progress(pull):
             try:
-                pull.fetched += _fetch(pull, repo, out)
+                pull.fetched += _fetch(pull, remote, repo, out)
                 repo.checkout(targets=[target], force=True)
                 failure = None
             except Exception as error:  # whatever DVC and its file systems raise; told apart below
-                failure = _translated(pull, error)
+                failure = translated(error, remote, request.path)
         if isinstance(failure, StepError):
             raise failure
         listing = pull.listing()
         if listing is None:
-            wrong = [Wrong(path=_LISTING, expected=request.digest, found=md5_of(_object(pull, request.digest)))]
+            wrong = [Wrong(path=LISTING, expected=request.digest, found=md5_of(_object(pull, request.digest)))]
         elif failure is not None:
             found = {path: (md5, md5_of(_object(pull, md5))) for path, md5 in sorted(listing.items())}
             wrong = [Wrong(path=p, expected=md5, found=f) for p, (md5, f) in found.items() if f != md5]
@@ -223,17 +205,19 @@ def _checked_out(pull: _Pull, repo: Any, out: Any, place: Path) -> Listing:
                 _object(pull, bad.expected).unlink(missing_ok=True)
             out.remove()  # a checkout that is there already would not be made anew
             repo.drop_data_index()
-    raise _explained(pull, wrong, failure)
+    if not out.is_dir_checksum:
+        wrong = [replace(w, path="") for w in wrong]  # the output itself is the file
+    raise explained(wrong, failure, remote, request.path, request.sha)
 
 
 def _object(pull: _Pull, oid: str) -> Path:
     return object_path(pull.cache, oid)
 
 
-def _fetch(pull: _Pull, repo: Any, out: Any) -> int:
+def _fetch(pull: _Pull, remote: Remote, repo: Any, out: Any) -> int:
     """Bring what the cache lacks; returns its bytes."""
     if out.is_dir_checksum:
-        out.get_dir_cache(remote=pull.remote)  # the listing, to know what is absent; a failure shows in the fetch
+        out.get_dir_cache(remote=remote.name)  # the listing, to know what is absent; a failure shows in the fetch
     absent = {m for m in (pull.listing() or {}).values() if not object_path(pull.cache, m).exists()}
     repo.fetch(targets=[out.fs_path])
     return sum(p.stat().st_size for m in absent if (p := object_path(pull.cache, m)).exists())
@@ -270,80 +254,13 @@ def _progress(pull: _Pull) -> Iterator[None]:
         thread.join()
 
 
-def _check_reachable(pull: _Pull) -> None:
+def _check_reachable(remote: Remote, path: str) -> None:
     """Raise PreflightError for a remote that is a folder and not there: DVC would call every file missing."""
-    if pull.odb.fs.protocol == "local" and not Path(pull.url).is_dir():
+    if remote.odb.fs.protocol == "local" and not Path(remote.url).is_dir():
         raise PreflightError(
-            f"remote {pull.remote!r} at {pull.url}: no such folder; expected the data of {pull.request.path}; "
-            f"mount it, or correct it: dvc remote modify {pull.remote} url PATH"
+            f"remote {remote.name!r} at {remote.url}: no such folder; expected the data of {path}; "
+            f"mount it, or correct it: dvc remote modify {remote.name} url PATH"
         )
-
-
-def _translated(pull: _Pull, error: Exception) -> Exception:
-    """DVC's error in our words, as far as its kind tells; any other one is explained by looking at the objects."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    words = " ".join(f"{type(e).__name__} {e}" for e in chain)
-    where = f"remote {pull.remote!r} at {pull.url}"
-    if "LockError" in words:
-        return TryAgain(f"{pull.request.path}: a lock of DVC is held: {error}; wait for the other DVC to end")
-    if any(word in words for word in _DENIED):
-        return PreflightError(f"{where}: access denied: {error}; give this process the remote's credentials")
-    if any(word in words for word in _AWAY) or any(isinstance(e, ConnectionError | TimeoutError) for e in chain):
-        return TryAgain(f"{where}: cannot be reached: {error}; check the network and the address")
-    if any(isinstance(e, OSError) and e.errno == 28 for e in chain):
-        return TryAgain(f"{pull.cache}: no space left for {pull.request.path}; free some and try again")
-    return error
-
-
-def _explained(pull: _Pull, wrong: list[Wrong], failure: Exception | None) -> Exception:
-    """Why the data cannot be had: the files, what was expected, and what the remote has instead."""
-    rows: list[str] = []
-    tampered = False
-    for bad in wrong[:_LOOKED_AT]:
-        try:
-            found = _md5_in_remote(pull, bad.expected)
-        except Exception as error:
-            translated = _translated(pull, error)
-            return (
-                translated
-                if isinstance(translated, TryAgain | PreflightError)
-                else TryAgain(f"remote {pull.remote!r} at {pull.url}: cannot be read: {error}; check it and try again")
-            )
-        tampered = tampered or bool(found)
-        if found == bad.expected.removesuffix(".dir"):
-            continue
-        what = f"found md5 {found} (altered)" if found else "found nothing (missing)"
-        rows.append(f"{_named(pull, bad)}: expected md5 {bad.expected}, {what}")
-    if not rows:
-        return GiveUp(f"{pull.request.path}: cannot be checked out although remote {pull.remote!r} is sound: {failure}")
-    more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    fix = "remove the bad object there and `dvc push` it from a sound copy" if tampered else "`dvc push` it from a copy"
-    return GiveUp(
-        f"remote {pull.remote!r} at {pull.url} does not hold the data of commit {pull.request.sha[:7]}: "
-        f"{'; '.join(rows[:_SHOWN])}{more}; {fix}"
-    )
-
-
-def _named(pull: _Pull, bad: Wrong) -> str:
-    if not pull.request.digest.endswith(".dir"):
-        return pull.request.path
-    return f"{pull.request.path}/{bad.path}" if bad.path != _LISTING else f"{pull.request.path} ({_LISTING})"
-
-
-def _md5_in_remote(pull: _Pull, oid: str) -> str:
-    """md5 of what the remote has under an object's name, "" for nothing."""
-    path = pull.odb.oid_to_path(oid)
-    if not pull.odb.fs.exists(path):
-        return ""
-    digest = hashlib.md5(usedforsecurity=False)
-    with pull.odb.fs.open(path, "rb") as source:
-        while block := source.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _bytes(count: int) -> str:
