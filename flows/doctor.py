@@ -111,9 +111,11 @@ def _services(order: Order) -> Iterator[Finding]:
         _, place, _ = where(order)
     except StepError:
         return
-    for service in status(place.state, ports=place.ports.model_dump()):
-        up = service.state == "ready"
-        found = f"{service.url} (pid {service.pid})" if up else service.state
-        yield Finding(what=service.name, verdict="OK" if up else "WARN", found=found, fix="" if up else "reprise up")
+    found = {service.name: service for service in status(place.state)}
+    for name in ("prefect", "mlflow", "torchserve"):
+        service = found.get(name)
+        up = service is not None and service.state == "running"
+        text = f"running, process {service.pid}" if service and up else service.state if service else "never started"
+        yield Finding(what=name, verdict="OK" if up else "WARN", found=text, fix="" if up else "reprise up")
     if os.environ.get("PREFECT_API_URL"):
         yield Finding(what="PREFECT_API_URL", verdict="WARN", found=os.environ["PREFECT_API_URL"], fix="ignored: a place has its own server")

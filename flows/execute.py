@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from deployments.errors import StepError, TryAgain
+from deployments.workload import INTERRUPTIONS
 from flows.display import say, seconds
 from flows.plan import Plan
 from flows.run import Run
-from flows.services import ensure_services, prefect_environment
+from flows.services import ensure_services, prefect_environment, restore_endpoints
 from flows.start import Order, Prepared, begin, prepare
 from flows.watch import Watch
 
@@ -37,8 +38,9 @@ def execute(order: Order, *, quiet: bool = False) -> dict[str, Any]:
         plan = prepared.plan()
         if not plan.unchanged:
             ensure_services(prepared.place, quiet=quiet)
+            restore_endpoints(prepared.place, prepared.store)
             plan = prepared.plan()  # a server that has just come up may serve the version that was asked for
-        watch = Watch(quiet=quiet)
+        watch = Watch(quiet=quiet, attempts=len(prepared.store.attempts(plan.steps["train_model"].key)))
         try:
             with begin(prepared, plan, on_event=watch) as run:
                 return _reuse(run) if plan.unchanged else _perform(run, prepared.order)
@@ -90,7 +92,7 @@ def _attempts(run: Run, plan: Plan) -> list[dict[str, Any]]:
 
 def _perform(run: Run, order: Order) -> dict[str, Any]:
     run.document["attempts"] = _attempts(run, run.plan)
-    prefect_environment(run.urls["prefect"])
+    prefect_environment(run.plan.place)
     from flows.retrain import retrain  # the orchestrator: seconds of import, so only when something runs
 
     try:
@@ -144,18 +146,18 @@ def resumed(order: Order, document: dict[str, Any], run: str) -> Order:
 def summary(document: dict[str, Any]) -> list[tuple[str, str]]:
     """What one wants to know of a finished run, as (name, value)."""
     attempts = document["attempts"]
-    cut = [a for a in attempts if a["cause"] not in ("", "complete")]
     lines = [
         ("run", f"{document['run']}: {document['status']} in {seconds((document['ended'] or time.time()) - document['started'])}"),
         ("commit", f"{document['git_sha'][:12]}, data {document['data_digest'][:12]}"),
     ]
     if attempts:
-        told = "; ".join(
-            f"{a['cause']} ({'with' if a['notice_to_saved'] is not None else 'without'} notice) at step {a['reached_step']}, "
-            f"{a['steps_lost']} lost"
-            for a in cut
-        )
-        lines.append(("training", f"{len(attempts)} attempts, {len(cut)} interruptions{': ' + told if told else ''}"))
+        cut = [a for a in attempts if a["cause"] in INTERRUPTIONS]
+        errors = sum(a["cause"] in ("user_error", "out_of_memory") for a in attempts)
+        counted = f"{len(attempts)} attempts, {len(cut)} interruptions" + (f", {errors} errors" if errors else "")
+        lines.append(("training", counted))
+        for a in cut:
+            saved = f", saved {a['notice_to_saved']:.2f} s after the notice" if a["notice_to_saved"] is not None else ""
+            lines.append(("", f"{a['cause']} at step {a['reached_step']}: {a['steps_lost']} steps lost{saved}"))
     if document["metrics"]:
         lines.append(("held-out", ", ".join(f"{k} {v:.4g}" for k, v in sorted(document["metrics"].items()))))
     if document["model_version"]:

@@ -8,14 +8,12 @@ alone: `reprise plan` prints it, `reprise run` executes it. Not covered: executi
 from __future__ import annotations
 
 import hashlib
-import json
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.project import DataPointer, Project
+from flows.services import in_service
 from flows.settings import PipelineSettings, PlaceSettings
 from tasks.records import StepRecord, Store, step_key
 
@@ -145,12 +143,10 @@ def _effect_missing(
 
 def _served_otherwise(pipeline: str, label: str, management_url: str) -> str:
     """Why this label is not the one in service; empty if it is. Asks the server: the record alone proves nothing."""
-    try:
-        with urllib.request.urlopen(f"{management_url}/models/{pipeline}", timeout=2) as reply:
-            served = [entry["modelVersion"] for entry in json.load(reply)]
-    except (OSError, urllib.error.URLError, ValueError, KeyError):
+    served = in_service(management_url, pipeline)
+    if not served:
         return "nothing is in service"
-    return "" if label in served else f"version {served[0] if served else '?'} is in service"
+    return "" if served == label else f"version {served} is in service"
 
 
 def _handler_digest() -> str:

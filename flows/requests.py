@@ -86,6 +86,7 @@ def train(run: Run, data: PulledData) -> TrainRequest:
         interruptions=settings.interruptions,
         errors=settings.errors,
         deadline_seconds=settings.deadline,
+        since=run.document["budget_since"],
         grace_seconds=plan.place.spot.grace,
         resources=Resources(cpus=resources.cpus, memory=resources.memory, gpus=resources.gpus, shm=resources.shm or ""),
         tags={

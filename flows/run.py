@@ -62,7 +62,7 @@ class Run:
         """Change one step's row, write it, tell it."""
         self.step_row(name).update(fields)
         self.save()
-        self.event("step", name=name, **self.step_row(name))
+        self.event("step", **self.step_row(name))
 
     def attempts_changed(self, attempts: list[Attempt]) -> None:
         """The ledger of this run's training, as it is now."""
@@ -109,6 +109,7 @@ def new_document(plan: Plan, *, run: str, rev: str, overrides: list[str], cause:
         "status": "running",
         "message": "",
         "started": time.time(),
+        "budget_since": time.time(),
         "ended": None,
         "process": os.getpid(),
         "host": socket.gethostname(),
@@ -146,6 +147,8 @@ def open_run(
         document = {
             **new_document(plan, run=run, rev=rev, overrides=overrides, cause=str(document["cause"])),
             "started": document["started"],
+            # A flow that died goes on within its budgets; whoever resumes a failed or cancelled run renews them.
+            "budget_since": document["budget_since"] if document["status"] == "interrupted" else time.time(),
             "attempts": document["attempts"],
             "resumed": document.get("resumed", 0) + 1,
             "previous": {"status": document["status"], "prefect": document["links"].get("prefect_flow_run", "")},

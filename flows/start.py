@@ -17,6 +17,7 @@ from deployments.workload import Runner
 from flows.plan import Plan, make_plan
 from flows.project import Project
 from flows.run import Event, Run, open_run
+from flows.services import ensure_services, service_urls
 from flows.settings import PipelineSettings, PlaceSettings, find_pipeline, load_pipeline, load_place
 from tasks.records import Store
 
@@ -83,12 +84,6 @@ def prepare(order: Order) -> Prepared:
     )
 
 
-def service_urls(place: PlaceSettings) -> dict[str, str]:
-    """Where the services of a laptop answer."""
-    names = ("prefect", "mlflow", "inference", "management", "metrics")
-    return {name: f"http://127.0.0.1:{getattr(place.ports, name)}" for name in names}
-
-
 def make_runner(prepared: Prepared) -> Runner:
     """The place's runner."""
     from deployments.laptop import Laptop
@@ -130,8 +125,6 @@ def current_run(order: Order) -> Iterator[Run]:
     if (run := prepared_run.get()) is not None:
         yield run
         return
-    from flows.services import ensure_services
-
     prepared = prepare(order)
     ensure_services(prepared.place)
     with begin(prepared, prepared.plan()) as run:

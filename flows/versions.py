@@ -53,7 +53,8 @@ async def champion_on(run: Run, data: PulledData) -> dict[str, Any] | None:
     if run.plan.steps["register_model"].reused:
         return None  # the decision stands; nothing is compared
     endpoint = run.store.read(f"endpoints/{run.plan.pipeline.name}")
-    known = version_record(run, endpoint["version"]) if endpoint and endpoint.get("version") else None
+    serving = (endpoint or {}).get("serving")
+    known = version_record(run, serving["version"]) if serving else None
     if known is None:
         return None
     metrics = known["training"]["metrics"]

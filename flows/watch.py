@@ -20,13 +20,14 @@ HEARTBEAT_SECONDS = 10.0  # without a terminal: how often a running step says th
 class Watch:
     """Prints what happens to a run. Thread-safe: steps report from their own threads."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, attempts: int = 0) -> None:
+        """`attempts`: how many of the ledger's rows are known already, from an earlier flow."""
         self.quiet = quiet
         self.terminal = sys.stdout.isatty()
         self._lock = threading.Lock()
         self._line = ""
         self._told: dict[str, float] = {}
-        self._attempts = 0
+        self._attempts = attempts
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         if self.quiet:

@@ -43,6 +43,7 @@ class TrainRequest:
     interruptions: int = 20  # budget
     errors: int = 2  # budget
     deadline_seconds: float | None = None  # wall clock over all attempts
+    since: float = 0.0  # unix seconds: budgets and deadline count from here; a person's resume renews them
     spot: bool = True
     grace_seconds: float = 30.0
     resources: Resources = Resources()
@@ -162,6 +163,7 @@ def _finished(spec: TrainSpec) -> TrainResult | None:
 
 
 def _check_budgets(request: TrainRequest, attempts: list[Attempt]) -> None:
+    attempts = [a for a in attempts if a.started >= request.since]
     ended = [a for a in attempts if a.ended is not None]
     interruptions = [a for a in ended if a.cause in INTERRUPTIONS]
     errors = [a for a in ended if a.cause in ("user_error", "out_of_memory")]
@@ -220,7 +222,7 @@ def _workload(request: TrainRequest, spec: TrainSpec) -> Workload:
 
 def _close_attempt(attempt: Attempt, outcome: Outcome, spec: TrainSpec) -> Attempt:
     """Fill the row from what the trainer said of this attempt; what it did not say stays at its default."""
-    lines = progress_of(spec.progress, attempt.number)
+    lines = [e for e in progress_of(spec.progress) if float(e.get("time", 0)) >= attempt.started]
     committed = [int(e["step"]) for e in lines if e.get("event") in ("checkpoint", "saved", "resumed", "complete")]
     reached = [int(e["step"]) for e in lines if "step" in e]
     resumed = [int(e["step"]) for e in lines if e.get("event") == "resumed"]
@@ -230,7 +232,7 @@ def _close_attempt(attempt: Attempt, outcome: Outcome, spec: TrainSpec) -> Attem
         attempt,
         ended=outcome.ended,
         cause=outcome.cause,
-        reason=outcome.reason,
+        reason=_why(outcome),
         exit_code=outcome.exit_code,
         from_step=from_step,
         to_step=max([from_step, *committed]),
@@ -241,8 +243,8 @@ def _close_attempt(attempt: Attempt, outcome: Outcome, spec: TrainSpec) -> Attem
     )
 
 
-def progress_of(path: str, attempt: int | None = None) -> list[dict[str, Any]]:
-    """The trainer's JSON lines (of one attempt, or of all). A line cut by a kill is left out."""
+def progress_of(path: str) -> list[dict[str, Any]]:
+    """The trainer's JSON lines over all attempts. A line cut by a kill is left out."""
     lines: list[dict[str, Any]] = []
     try:
         text = Path(path).read_text()
@@ -250,12 +252,22 @@ def progress_of(path: str, attempt: int | None = None) -> list[dict[str, Any]]:
         return lines
     for line in text.splitlines():
         try:
-            entry = json.loads(line)
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        if attempt is None or entry.get("attempt", attempt) == attempt:
-            lines.append(entry)
     return lines
+
+
+def _why(outcome: Outcome) -> str:
+    """The trainer's own last word, where it had one."""
+    if outcome.cause != "user_error" or not outcome.log:
+        return outcome.reason
+    try:
+        lines = Path(outcome.log).read_text(errors="replace").splitlines()
+    except OSError:
+        return outcome.reason
+    said = [line.partition(": exit ")[2] for line in lines if line.startswith("training.launch: exit ")]
+    return f"exit {said[-1]}; its log is {outcome.log}" if said else f"{outcome.reason}; its log is {outcome.log}"
 
 
 def _stop_or_go_on(outcome: Outcome, attempt: Attempt, spec: TrainSpec) -> None:
@@ -264,4 +276,4 @@ def _stop_or_go_on(outcome: Outcome, attempt: Attempt, spec: TrainSpec) -> None:
     if outcome.cause == "deadline":
         raise GiveUp(f"training {spec.key[:12]}: {outcome.reason}; its checkpoint of step {attempt.to_step} stands")
     if outcome.exit_code in (EXIT_BAD_SPEC, EXIT_NO_GOOD_CHECKPOINT):
-        raise GiveUp(f"training {spec.key[:12]}: {outcome.reason}")
+        raise GiveUp(f"training {spec.key[:12]}: {attempt.reason}")
