@@ -24,6 +24,9 @@ class Interruption:
     kind: Literal["notice", "kill"]  # SIGTERM and the grace, or SIGKILL of the whole tree at once
     at: float  # share of the training's steps, 0..1
 
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.at * 100:g}%"
+
 
 def parse_duration(value: Any) -> float:
     """ "90s", "1h30m", "250ms" -> seconds. Raises ValueError for anything else, numbers without a unit included."""

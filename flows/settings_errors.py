@@ -239,8 +239,9 @@ def _broken(text: str, name: str, message: str) -> str:
     lines = text.split("\n")
     number = int(at[1]) if at else max((n for n, line in enumerate(lines, 1) if line.strip()), default=1)
     line = lines[min(number, len(lines)) - 1].strip()
+    secret = is_literal_secret((re.split("[=:]", line)[0].strip(" \"'"),), line)
     said = re.sub(r"\s*\(at [^)]*\)$", "", message)
-    word = re.match(r"([\w.\"-]+)\s*=\s*([^\"'\[{#][^#]*?)\s*(#.*)?$", line)
+    word = re.match(r"([\w.\"-]+)\s*=\s*([^\s\"'\[{#][^#]*?)\s*(#.*)?$", line)
     if said.startswith("Cannot overwrite"):
         fix = "the key stands twice; keep one"
     elif said.startswith("Cannot declare"):
@@ -249,11 +250,11 @@ def _broken(text: str, name: str, message: str) -> str:
         fix = "TOML writes key = value, not key: value"
     elif word and word[2] in ("True", "False"):
         fix = f"write {word[1]} = {word[2].lower()}"
-    elif word:
+    elif word and not secret:
         fix = f'if it is text, put it in quotes: {word[1]} = "{word[2]}"'
     elif line.endswith("="):
         fix = "give the key a value"
     else:
         fix = "close what was opened: quotes, brackets, braces"
-    shown = "the line with the secret" if is_literal_secret((line.split("=")[0].strip(),), line) else repr(line[:80])
+    shown = "a line with a secret" if secret else repr(line[:80])
     return f"{name}:{number}: {shown}: expected TOML, found: {said[:1].lower()}{said[1:]}; {fix}"
