@@ -51,9 +51,7 @@ class RegisterRequest:
     heldout_digest: str
     champion: dict[str, Any] | None = None  # {"version", "metrics", "heldout_digest"}
     gate: dict[str, Any] = field(default_factory=dict)
-    lineage: dict[str, str] = field(
-        default_factory=dict
-    )  # git_sha, data_digest, run, attempts, key.STEP...
+    lineage: dict[str, str] = field(default_factory=dict)  # git_sha, data_digest, run, attempts, key.STEP...
     certificate: str = ""  # JSON file of the resume proof
     lock_folder: str  # root of the store
 
@@ -80,9 +78,7 @@ def register_model(request: RegisterRequest) -> RegisteredModel:
     _check(request)
     certificate = _read_certificate(request.certificate)
     client = connect(request.tracking_uri)
-    lock = Store(root=request.lock_folder).lock(
-        f"register-{request.pipeline}", wait_seconds=LOCK_SECONDS
-    )
+    lock = Store(root=request.lock_folder).lock(f"register-{request.pipeline}", wait_seconds=LOCK_SECONDS)
     with lock, told(request.tracking_uri, f"registering {request.pipeline}"):
         run = client.get_run(request.run_id)
         _check_experiment(client, run, request)
@@ -104,9 +100,7 @@ def register_model(request: RegisterRequest) -> RegisteredModel:
         number = str(version.version)
         _set_candidate(client, request.pipeline, number, accepted=decision.accepted)
     if not decision.accepted:
-        raise GateRefused(
-            f"{request.pipeline} version {number} may not serve: {'; '.join(decision.refusals)}"
-        )
+        raise GateRefused(f"{request.pipeline} version {number} may not serve: {'; '.join(decision.refusals)}")
     return RegisteredModel(
         version=number,
         run_id=request.run_id,
@@ -121,9 +115,7 @@ def register_model(request: RegisterRequest) -> RegisteredModel:
 
 def find_version(client: MlflowClient, request: RegisterRequest) -> ModelVersion | None:
     """The version of this step key, else the one of this training and these weights, else None."""
-    by_key = (
-        f"name = '{request.pipeline}' and tags.`reprise.step_key` = '{request.key}'"
-    )
+    by_key = f"name = '{request.pipeline}' and tags.`reprise.step_key` = '{request.key}'"
     by_run = f"name = '{request.pipeline}' and run_id = '{request.run_id}'"
     for query in (by_key, by_run):
         found = [
@@ -158,9 +150,7 @@ def upload(client: MlflowClient, run: Run, request: RegisterRequest) -> str:
             run_id=request.run_id,
         )
         if not _is_whole(client, request.run_id, digests):
-            for path in sorted(
-                folder.iterdir(), key=lambda p: (p.name == "MLmodel", p.name)
-            ):
+            for path in sorted(folder.iterdir(), key=lambda p: (p.name == "MLmodel", p.name)):
                 client.log_artifact(request.run_id, str(path), FOLDER)
     return f"{run.info.artifact_uri.rstrip('/')}/{FOLDER}"
 
@@ -173,9 +163,7 @@ def _is_whole(client: MlflowClient, run_id: str, digests: dict[str, str]) -> boo
     if not there.issuperset({"MLmodel", *digests}):
         return False
     with tempfile.TemporaryDirectory(prefix="reprise-mlmodel-") as scratch:
-        text = Path(
-            client.download_artifacts(run_id, f"{FOLDER}/MLmodel", scratch)
-        ).read_text()
+        text = Path(client.download_artifacts(run_id, f"{FOLDER}/MLmodel", scratch)).read_text()
     return digests_of(text) == digests
 
 
@@ -187,16 +175,8 @@ def log_once(client: MlflowClient, run: Run, request: RegisterRequest) -> None:
     values = {f"heldout.{name}": value for name, value in request.metrics.items()}
     client.log_batch(
         request.run_id,
-        params=[
-            Param(k, str(v))
-            for k, v in request.params.items()
-            if k not in run.data.params
-        ],
-        metrics=[
-            Metric(k, float(v), now, 0)
-            for k, v in values.items()
-            if is_finite(v) and k not in run.data.metrics
-        ],
+        params=[Param(k, str(v)) for k, v in request.params.items() if k not in run.data.params],
+        metrics=[Metric(k, float(v), now, 0) for k, v in values.items() if is_finite(v) and k not in run.data.metrics],
         tags=[RunTag(f"reprise.{k}", str(v)) for k, v in request.lineage.items()],
     )
 
@@ -212,20 +192,12 @@ def _check(request: RegisterRequest) -> None:
         ("run_id", request.run_id, r"[0-9a-f]{32}"),
     ):
         if not re.fullmatch(shape, value):  # they go into a search expression
-            raise GiveUp(
-                f"register_model.{name} = {value!r}: expected hexadecimal digits ({shape})"
-            )
+            raise GiveUp(f"register_model.{name} = {value!r}: expected hexadecimal digits ({shape})")
 
 
 def _check_experiment(client: MlflowClient, run: Run, request: RegisterRequest) -> None:
-    if (
-        request.experiment
-        and (found := client.get_experiment(run.info.experiment_id).name)
-        != request.experiment
-    ):
-        raise GiveUp(
-            f"MLflow run {request.run_id} is in experiment {found!r}; expected {request.experiment!r}"
-        )
+    if request.experiment and (found := client.get_experiment(run.info.experiment_id).name) != request.experiment:
+        raise GiveUp(f"MLflow run {request.run_id} is in experiment {found!r}; expected {request.experiment!r}")
 
 
 def _read_certificate(path: str) -> dict[str, Any] | None:
@@ -234,13 +206,9 @@ def _read_certificate(path: str) -> dict[str, Any] | None:
     try:
         raw = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise GiveUp(
-            f"{path}: the resume certificate cannot be read ({error}); run `reprise verify-resume`"
-        ) from error
+        raise GiveUp(f"{path}: the resume certificate cannot be read ({error}); run `reprise verify-resume`") from error
     if not isinstance(raw, dict):
-        raise GiveUp(
-            f"{path}: expected the JSON object that `reprise verify-resume` writes, got {type(raw).__name__}"
-        )
+        raise GiveUp(f"{path}: expected the JSON object that `reprise verify-resume` writes, got {type(raw).__name__}")
     return raw
 
 
@@ -262,10 +230,7 @@ def _description(request: RegisterRequest, decision: Decision) -> str:
     told += [f"- {sentence}" for sentence in decision.sentences]
     told += [
         "",
-        *(
-            f"- {name.replace('_', ' ')}: `{value}`"
-            for name, value in sorted(request.lineage.items())
-        ),
+        *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in sorted(request.lineage.items())),
     ]
     return "\n".join([*told, f"- weights sha256: `{request.weights_sha256}`"])
 
@@ -284,18 +249,12 @@ def _record(
     if version is not None:
         # The step key last: a version that carries it carries the decision too.
         for name in sorted(tags, key=lambda name: name == "reprise.step_key"):
-            client.set_model_version_tag(
-                request.pipeline, version.version, name, tags[name]
-            )
-        return client.update_model_version(
-            request.pipeline, version.version, description
-        )
+            client.set_model_version_tag(request.pipeline, version.version, name, tags[name])
+        return client.update_model_version(request.pipeline, version.version, description)
     source = upload(client, run, request)
     log_once(client, run, request)
     try:
-        client.create_registered_model(
-            request.pipeline, {"reprise.pipeline": request.pipeline}
-        )
+        client.create_registered_model(request.pipeline, {"reprise.pipeline": request.pipeline})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -308,9 +267,7 @@ def _record(
     )
 
 
-def _set_candidate(
-    client: MlflowClient, name: str, version: str, *, accepted: bool
-) -> None:
+def _set_candidate(client: MlflowClient, name: str, version: str, *, accepted: bool) -> None:
     """The alias `candidate` is on the newest accepted version, and never on a refused one."""
     present = client.get_registered_model(name).aliases.get("candidate")
     if accepted and (present is None or int(present) < int(version)):

@@ -365,20 +365,20 @@ def confusion(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def service(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What check_endpoint measured: agreement and latency with bars in percent of the longest."""
+    """What check_endpoint measured: agreement, and latency as bars in percent of the longest."""
     check = evaluation.get("check")
     if not check:
         return None
-    spans = [
-        (name, next((float(check[k]) for k in (f"{name}_seconds", name) if check.get(k) is not None), None))
-        for name in ("p50", "p95", "p99")
+    known = [
+        (name, float(check[f"{name}_ms"]) / 1000) for name in ("p50", "p95") if check.get(f"{name}_ms") is not None
     ]
-    known = [(name, value) for name, value in spans if value is not None]
     longest = max((v for _, v in known), default=1.0) or 1.0
     agreement = check.get("agreement")
     return {
         "agreement": f"{100 * float(agreement):.4g} %" if agreement is not None else "",
-        "samples": number(check.get("samples") or check.get("count")),
+        "samples": number(check.get("samples")),
+        "accuracy": number(check.get("accuracy")) if check.get("accuracy") is not None else "",
+        "model_accuracy": number(check.get("model_accuracy")),
         "latency": [{"name": n, "text": duration(v), "width": round(100 * v / longest, 1)} for n, v in known],
     }
 

@@ -90,7 +90,14 @@ EVALUATION = {
     "candidate": {"accuracy": 0.97777, "loss": 0.081, "samples": 360},
     "champion": {"accuracy": 0.969, "loss": 0.1, "samples": 360},
     "champion_version": "2",
-    "check": {"agreement": 1.0, "samples": 360, "p50_seconds": 0.0041, "p95_seconds": 0.0123},
+    "check": {
+        "agreement": 1.0,
+        "samples": 360,
+        "accuracy": 0.9778,
+        "model_accuracy": 0.9778,
+        "p50_ms": 4.1,
+        "p95_ms": 12.34,
+    },
 }
 
 
@@ -140,7 +147,7 @@ def test_whole_page(document: dict[str, Any], files: dict[str, str], tmp_path: P
         "24 Nov 2026, 08:00:00 UTC",
         "1 spot reclaim at step 40: saved 213 ms after the notice, nothing lost",
         "2 spot reclaim at step 90: without notice, 20 steps trained again",
-        "100 % of 360 answers",
+        "100 % of 360 answers over HTTP agree with the trained model; accuracy 0.9778 there, 0.9778 in training.",
         "4.1 ms",
         "12 ms",
         "champion, version 2",
