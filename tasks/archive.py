@@ -215,10 +215,10 @@ def read_member(handle: BinaryIO, directory: bytes, offset: int, limit: int, whe
     name = raw.decode("ascii")
     if magic != b"PK\1\2" or disk or n_comment:
         raise GiveUp(f"{where}: damaged directory")
-    if flags & ~0x0800:
-        raise GiveUp(f"{where}: {name!r} is encrypted or streamed; its size cannot be known before it is read")
     if method not in (0, 8):
         raise GiveUp(f"{where}: {name!r} is packed by method {method}; expected stored or deflated")
+    if flags & ~0x0800:
+        raise GiveUp(f"{where}: {name!r} is encrypted or streamed; its size cannot be known before it is read")
     kind = mode >> 16 & 0o170000
     if made_by >> 8 == 3 and kind not in (0, 0o100000):
         raise GiveUp(f"{where}: {name!r} is a link or no regular file")

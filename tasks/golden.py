@@ -93,7 +93,7 @@ def compare(given: Any, wanted: Any, where: str) -> tuple[float, str]:
     elif isinstance(wanted, list) and isinstance(given, list) and len(given) == len(wanted):
         pairs = [(f"{where}[{n}]", a, b) for n, (a, b) in enumerate(zip(given, wanted, strict=True))]
     else:
-        return math.inf, f"{where}: {str(given)[:80]}, expected {str(wanted)[:80]}"
+        return math.inf, f"{where}: {repr(given)[:80]}, expected {repr(wanted)[:80]}"
     largest = 0.0
     for name, a, b in pairs:
         difference, why = compare(a, b, name)

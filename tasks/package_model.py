@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -158,15 +159,19 @@ def build(request: PackageRequest, label: str, private: Path) -> Path:
     (stage / "serving.json").write_text(json.dumps(about, sort_keys=True, indent=1))
     config = stage / "model-config.yaml"  # JSON is YAML that cannot run code or surprise a reader
     config.write_text(json.dumps(model_config(request.serve), sort_keys=True, indent=1))
-    extra = [str(stage / "serving.json"), request.module, *request.files]
-    if comma := [p for p in extra if "," in p]:
-        raise ConfigError(f"{comma[0]}: torch-model-archiver cannot take a path with a comma; move the folder")
-    argv = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", request.pipeline]
-    argv += ["--version", label, "--serialized-file", request.weights, "--handler", str(stage / HANDLER)]
-    argv += ["--config-file", str(config), "--extra-files", ",".join(extra)]
+    for path in (
+        request.module,
+        *request.files,
+    ):  # copied: the archiver fails at files dated before 1980, and at commas
+        shutil.copyfile(path, stage / Path(path).name)
+    extra = ["serving.json", *(Path(path).name for path in (request.module, *request.files))]
+    # -P: the stage is the working folder, and must not be where the archiver finds its imports.
+    argv = [sys.executable, "-P", "-m", "model_archiver.model_packaging", "--model-name", request.pipeline]
+    argv += ["--version", label, "--serialized-file", request.weights, "--handler", HANDLER]
+    argv += ["--config-file", config.name, "--extra-files", ",".join(extra)]
     argv += ["--export-path", str(out), "--archive-format", "zip-store"]
     env = {**os.environ, "TMPDIR": str(temporary)}
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(argv, env=env, cwd=stage, capture_output=True, text=True, timeout=600, check=False)
     mar = out / f"{request.pipeline}.mar"
     if done.returncode != 0 or not mar.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]

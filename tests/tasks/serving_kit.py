@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -117,7 +117,7 @@ class Serving:
 
 @contextmanager
 def torchserve(folder: Path, first_port: int, models: dict[str, str] | None = None) -> Iterator[Serving]:
-    """TorchServe on `first_port` and the four after it, with its store in `folder`; ended with everything it started."""
+    """TorchServe on `first_port` and the four after it, its store in `folder`; ended with everything it started."""
     one, two, three, four, five = range(first_port, first_port + 5)
     ports = TorchServePorts(inference=one, management=two, metrics=three, grpc_inference=four, grpc_management=five)
     launch = torchserve_command(folder / "state", folder / "models", ports, models=models)
@@ -137,14 +137,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the JVM, then SIGKILL to whatever is left of the group."""
     if jvm := stop_signal_pid(process.pid):
         os.kill(jvm, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait(10)
 
 

@@ -1,0 +1,95 @@
+"""How a TorchServe is started: every limit set, nothing shared with another server."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments import torchserve_launch
+from deployments.errors import PreflightError
+from deployments.torchserve_launch import (
+    TorchServePorts,
+    java_home,
+    private_tmp,
+    render_config,
+    stop_signal_pid,
+    torchserve_command,
+)
+
+PORTS = TorchServePorts(inference=1, management=2, metrics=3)
+
+
+def properties(text: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def test_every_limit_is_set_and_nothing_is_open() -> None:
+    found = properties(render_config(model_store=Path("/store"), ports=PORTS, models={"b": "b.mar", "a": "a.mar"}))
+    assert all("$" not in value for value in found.values())
+    for name in ("inference", "management", "metrics"):
+        assert found[f"{name}_address"].startswith("http://127.0.0.1:")
+    assert (found["grpc_inference_port"], found["grpc_management_port"]) == ("4", "5")
+    assert found["grpc_inference_address"] == found["grpc_management_address"] == "127.0.0.1"
+    assert found["install_py_dep_per_model"] == "false" and found["decode_input_request"] == "false"
+    assert found["allowed_urls"] == "closed://nothing" and found["disable_token_authorization"] == "true"
+    assert found["load_models"] == "a=a.mar,b=b.mar"
+    for limit in ("max_request_size", "max_response_size", "job_queue_size", "default_response_timeout"):
+        assert int(found[limit]) > 0
+
+
+def test_a_network_address_leaves_management_on_loopback() -> None:
+    found = properties(render_config(model_store=Path("/s"), ports=PORTS, bind="0.0.0.0", token_auth=True))
+    assert found["inference_address"] == "http://0.0.0.0:1" and found["management_address"] == "http://127.0.0.1:2"
+    assert found["disable_token_authorization"] == "false"
+
+
+def test_a_launch_shares_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TS_CONFIG_FILE", "/somebody/elses")
+    monkeypatch.setenv("http_proxy", "http://proxy")
+    state = tmp_path / "s"
+    (state / "tmp" / "models" / "old").mkdir(parents=True)
+    (state / "key_file.json").write_text("{}")
+    launch = torchserve_command(state, tmp_path / "models", PORTS)
+    assert launch.cwd == state and launch.argv[:3] == [sys.executable, "-m", "ts.model_server"]
+    assert "--ncs" in launch.argv and "--foreground" in launch.argv
+    assert "TS_CONFIG_FILE" not in launch.env and "http_proxy" not in launch.env
+    assert launch.env["TMPDIR"] == launch.env["TEMP"] == str(state / "tmp")
+    assert launch.env["LOG_LOCATION"] == str(state / "logs")
+    assert list((state / "tmp").iterdir()) == [] and not (state / "key_file.json").exists()
+    assert stat.S_IMODE((state / "tmp").stat().st_mode) == 0o700
+    assert (state / "config.properties").is_file() and (state / "log4j2.xml").is_file()
+
+
+def test_a_deep_folder_gets_a_short_temporary_one(tmp_path: Path) -> None:
+    """A unix socket's path has 107 bytes; TorchServe's workers have one each."""
+    deep = tmp_path / ("d" * 60) / ("e" * 60)
+    short = private_tmp(deep)
+    assert len(str(short)) < 60 and short == private_tmp(deep) != private_tmp(tmp_path / ("d" * 61) / ("e" * 60))
+    assert str(os.getuid()) in short.name
+
+
+def test_java_comes_from_the_wheel_or_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    assert (java_home() / "bin" / "java").is_file()
+    monkeypatch.setenv("JAVA_HOME", "/opt/java")
+    assert java_home() == Path("/opt/java")
+    monkeypatch.delenv("JAVA_HOME")
+    monkeypatch.setattr(torchserve_launch, "find_spec", lambda name: None)
+    with pytest.raises(PreflightError, match="set JAVA_HOME, or install the `serve` extra"):
+        java_home()
+
+
+def test_the_process_to_signal_is_the_wrappers_child() -> None:
+    script = "import subprocess, sys; subprocess.Popen(['sleep', '30']); print('up', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as wrapper:
+        assert wrapper.stdout and wrapper.stdout.readline() == b"up\n"
+        child = stop_signal_pid(wrapper.pid)
+        assert child and Path(f"/proc/{child}/comm").read_text().strip() == "sleep"
+        os.kill(child, 9)
+        wrapper.kill()
+    assert stop_signal_pid(wrapper.pid) is None
