@@ -27,7 +27,7 @@ def best_interval(stall: float, mtbf: float) -> float:
 
 
 def observed_mtbf(guess: float, seconds: float, interruptions: int) -> float:
-    """Seconds between interruptions: the guess as one observation, and `interruptions` seen in `seconds` of training."""
+    """Seconds between interruptions: the guess as one observation, and those seen in `seconds` of training."""
     return (guess + seconds) / (1 + interruptions)
 
 
@@ -62,11 +62,11 @@ class Cadence:
         best = best_interval(self.stall, self.mtbf)
         return min(max(best, self.policy.min_seconds), self.policy.max_seconds)
 
-    def due(self, step: int, now: float) -> bool:
-        """Whether to save after `step` (counted from 1)."""
+    def due(self, step: int, now: float, *, busy: bool = False) -> bool:
+        """Whether to save after `step` (counted from 1). By time, not while the last save is still being written."""
         if self.policy.every_steps:
             return step % self.policy.every_steps == 0
-        return now - self.last_save >= self.interval
+        return not busy and now - self.last_save >= self.interval
 
 
 def p95(values: list[float]) -> float:

@@ -2,9 +2,9 @@
 
 torchrun exits 1 whatever happened, and 0 means only that processes ended. This process says what it was: 0 when the
 checkpoint's manifest and result.json say that the training is complete, 143 after an interruption (also a lost peer or
-a killed worker, once restarting here is used up), 1..127 for a bug. It forwards a SIGTERM as the notice that it is, ends
-what has not left by itself within the grace, restarts workers that died without a notice, and leaves no process behind:
-orphans, also those in sessions of their own, become its children (subreaper) and are killed.
+a killed worker, once restarting here is used up), 1..127 for a bug. It forwards a SIGTERM as the notice that it is,
+ends what has not left by itself within the grace, restarts workers that died without a notice, and leaves no process
+behind: orphans, also those in sessions of their own, become its children (subreaper) and are killed.
 Nodes: one by default; PET_* or MASTER_ADDR, RANK and WORLD_SIZE of a PyTorchJob are handed to torchrun.
 Standard library only, for a quick start. Not covered: pods and budgets (deployments, flows).
 """
@@ -93,6 +93,7 @@ class Launch:
                 )
                 if self.noticed_at is not None:  # it came while the agent was being started
                     self.agent.send_signal(signal.SIGTERM)
+                self.progress.event("started", incarnation=number, agent=self.agent.pid, processes=self.processes)
                 self._wait()
             end_descendants()
             return self._judge(read_statuses(status))

@@ -47,9 +47,9 @@ def _mark(function: Any, depth: int = 2) -> None:
 
 def _lighten_step(kind: type[torch.optim.Optimizer]) -> None:
     step = vars(kind).get("step")
-    if getattr(getattr(step, "__code__", None), "co_name", "") != "_use_grad" or not hasattr(step, "__wrapped__"):
-        return
-    kind.step = _without_graph_breaks(step.__wrapped__)  # type: ignore[method-assign]
+    plain = getattr(step, "__wrapped__", None)
+    if plain is not None and getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad":
+        kind.step = _without_graph_breaks(plain)  # type: ignore[method-assign]
 
 
 def _without_graph_breaks(plain: Callable[..., Any]) -> Callable[..., Any]:

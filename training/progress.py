@@ -12,7 +12,7 @@ import os
 import time
 from typing import Any
 
-EVERY_SECONDS = 0.5
+EVERY = "REPRISE_PROGRESS_EVERY"  # environment variable: seconds between lines about steps
 
 
 class Progress:
@@ -21,10 +21,11 @@ class Progress:
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if path else -1
         self._told = 0.0
+        self._every = float(os.environ.get(EVERY, "0.5"))
 
     def step(self, *, step: int, max_steps: int, epoch: int, loss: float, always: bool = False) -> None:
-        """Tell a finished step; at most one line per half second unless `always`."""
-        if always or time.monotonic() - self._told >= EVERY_SECONDS:
+        """Tell a finished step; at most one line per half second (or what EVERY says) unless `always`."""
+        if always or time.monotonic() - self._told >= self._every:
             self._told = time.monotonic()
             self._write({"step": step, "max_steps": max_steps, "epoch": epoch, "loss": loss, "time": time.time()})
 

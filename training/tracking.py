@@ -161,7 +161,7 @@ class MetricLog:
                 return
             self._wake.wait(wait)
 
-    def _send_batch(self, marks: Mapping[str, int]) -> bool:
+    def _send_batch(self, marks: dict[str, int]) -> bool:
         """Send one request's worth of whole steps; False when there is nothing left."""
         metrics: list[dict[str, Any]] = []
         count = 0
@@ -177,6 +177,7 @@ class MetricLog:
                 ]
         if metrics:
             _ask(self._uri, "runs/log-batch", {"run_id": self._run, "metrics": metrics})
+        marks.update({m["key"]: m["step"] for m in metrics})
         with self._lock:
             for _ in range(count):
                 self._queue.popleft()

@@ -18,18 +18,18 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from training.cadence import Cadence, observed_mtbf
-from training.checkpoint import CheckpointInfo, Checkpointer, NoGoodCheckpoint
+from training.cadence import Cadence, grace_fit, observed_mtbf
+from training.checkpoint import Checkpointer, CheckpointInfo, NoGoodCheckpoint
 from training.dataset import Sampler, extend_digest, fetch, shards_of
 from training.evaluate import evaluate, to_device, write_atomically
-from training.interruption import LEAVE_WITHIN, Interruption, die_with_agent, write_status
+from training.interruption import LAUNCHER, LEAVE_WITHIN, Interruption, die_with_agent, write_status
 from training.light_start import use_light_optimizers
 from training.model import BadModule, UserModule, load_module
 from training.progress import Progress
@@ -44,8 +44,11 @@ from training.spec import (
     TrainResult,
     TrainSpec,
 )
+from training.tracking import MetricLog
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that hangs; one that died is noticed at once
+PACE = "REPRISE_PACE"  # environment variable: least seconds of a step, for proofs that aim at moments of it
+METRICS_PATIENCE = 20.0  # seconds to wait at the end for a metrics server that is away
 DECIDES_WEIGHTS = ("epochs", "batch_size", "accumulate", "seed", "precision", "compile", "deterministic", "parallel")
 LOSS, SAVE, STOP = range(3)  # the numbers that ride along with the gradients
 
@@ -77,14 +80,18 @@ class Training:
     interruption: Interruption
     cadence: Cadence
     progress: Progress
+    metrics: MetricLog | None
     streams: dict[int, RandomState]  # of this rank's shards
     orders: dict[int, str]  # digest of the sample order of this rank's shards
     step: int = 0  # finished steps
-    losses: list[float] = field(default_factory=list)
+    loss: float | None = None  # of the last step
     seconds: float = 0.0  # over all attempts, up to `since`
     since: float = 0.0  # monotonic
     attempts: int = 1
     complete: bool = False  # the checkpoint that was loaded is the last one
+    saving: int | None = None  # the step of the save that is not known to be durable
+    step_seconds: float = 0.0  # the last step
+    warned: bool = False
 
     @property
     def max_steps(self) -> int:
@@ -180,11 +187,17 @@ def set_up(
         interruption=interruption,
         cadence=Cadence(policy=spec.checkpoint, mtbf=spec.checkpoint.mtbf_seconds, last_save=time.monotonic()),
         progress=progress,
+        metrics=None,
         streams={},
         orders={},
     )
     resumed = checkpointer.load(training.state)
     take_shards(training, resumed)
+    if spec.mlflow_run and workers.rank == 0:
+        tail = resumed.meta["unsent_metrics"] if resumed else ()
+        training.metrics = MetricLog(
+            spec.mlflow_uri, spec.mlflow_run, tail=tail, problem=lambda told: progress.event("metrics", problem=told)
+        )
     return training, resumed
 
 
@@ -225,31 +238,34 @@ def train(training: Training) -> bool:
 
     Raises PeerLost when another rank is gone; then nothing is saved.
     """
-    spec, progress = training.spec, training.progress
+    spec = training.spec
     forward = torch.compile(training.model) if spec.compile else training.model
     training.model.train()
     training.since = time.monotonic()
+    pace, first = float(os.environ.get(PACE, "0")), True
     while training.step < training.max_steps:
         began = time.monotonic()
-        due = training.cadence.due(training.step + 1, began)
+        due = training.cadence.due(training.step + 1, began, busy=training.saving is not None)
         loss, save, stop = gradients(training, forward, due=due)
-        staged = training.checkpointer.wait_staged()  # the copy of the weights that are about to change
+        training.checkpointer.wait_staged()  # the copy of the weights that are about to change
         training.optimizer.step()
         if training.scheduler is not None:
             training.scheduler.step()
-        training.step += 1
-        training.losses.append(loss)
-        if staged:
-            training.cadence.measured(stall=staged)
-        epoch = training.sampler.epoch(training.step - 1)
-        progress.step(step=training.step, max_steps=training.max_steps, epoch=epoch, loss=loss, always=stop)
+        training.step, training.loss = training.step + 1, loss
+        tell(training, always=stop)
         if training.step == training.max_steps:
             break
         if stop:
             save_now(training, complete=False)
             return False
         if save:
-            save_later(training, step_seconds=time.monotonic() - began)
+            save_later(training)
+        if first:  # off the path from a kill to the first new step, and off the first save
+            training.checkpointer.prepare(training.state)
+            first = False
+        training.step_seconds = time.monotonic() - began
+        if pace > training.step_seconds:
+            time.sleep(pace - training.step_seconds)
     if not training.complete:
         save_now(training, complete=True)
     return True
@@ -286,6 +302,16 @@ def gradients(training: Training, forward: Any, *, due: bool) -> tuple[float, bo
     return told[LOSS], told[SAVE] > 0, told[STOP] > 0
 
 
+def tell(training: Training, *, always: bool) -> None:
+    """Progress and metrics of the step that was just taken."""
+    step, loss, epoch = training.step, training.loss or 0.0, training.sampler.epoch(training.step - 1)
+    training.progress.step(step=step, max_steps=training.max_steps, epoch=epoch, loss=loss, always=always)
+    if training.metrics is not None:
+        rate = float(training.optimizer.param_groups[0]["lr"])
+        training.metrics.log(step, {"train_loss": loss, "learning_rate": rate})
+    tell_saved(training)
+
+
 # ------------------------------------------------------------------------------------------------ save
 
 
@@ -299,7 +325,7 @@ def contents(training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
         "max_steps": training.max_steps,
         "epoch": training.sampler.epoch(max(step - 1, 0)),
         "samples_seen": step * spec.batch_size,
-        "loss": training.losses[-1] if training.losses else None,
+        "loss": training.loss,
         "shards": training.sampler.shards,
         "world": training.workers.world,
         "threads": spec.threads,
@@ -307,6 +333,7 @@ def contents(training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
         "torch": torch.__version__,
         "seconds": training.seconds + time.monotonic() - training.since,
         "attempts": training.attempts,
+        "unsent_metrics": training.metrics.unsent() if training.metrics is not None else [],
     }
     shards = {
         str(shard): {"random": training.streams[shard].to_json(), "order": training.orders[shard]}
@@ -315,35 +342,47 @@ def contents(training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
     return meta, {"shards": shards}
 
 
-def save_later(training: Training, *, step_seconds: float) -> None:
+def save_later(training: Training) -> None:
     """A periodic save: the copy overlaps the next forward and backward, the writing everything."""
+    tell_saved(training, wait=True)
     meta, mine = contents(training)
-    began = time.monotonic()
+    training.saving = training.step
+    training.progress.event("saving", step=training.step)
     training.checkpointer.save(training.step, training.state, meta=meta, per_rank=mine)
-    now = time.monotonic()
-    training.cadence.last_save = now
-    training.cadence.measured(stall=now - began)
-    training.progress.event(
-        "checkpoint",
-        step=training.step,
-        stall=now - began,
-        interval=training.cadence.interval,
-        step_seconds=step_seconds,
-    )
+    training.cadence.last_save = time.monotonic()
+
+
+def tell_saved(training: Training, *, wait: bool = False) -> None:
+    """Once the save on its way is durable: measure it, tell it, and warn when it will not fit in a notice."""
+    checkpointer, cadence = training.checkpointer, training.cadence
+    if training.saving is None or (checkpointer.busy and not wait):
+        return
+    checkpointer.wait_durable()
+    stall, durable = checkpointer.stall_seconds[-1], checkpointer.durable_seconds[-1]
+    cadence.measured(stall=stall, durable=durable)
+    told = {"stall": stall, "durable": durable, "interval": cadence.interval, "mtbf": cadence.mtbf}
+    training.progress.event("checkpoint", step=training.saving, **told)
+    training.saving = None
+    grace = float(os.environ.get(LEAVE_WITHIN, "25"))
+    notice = training.spec.checkpoint.notice_seconds
+    if not training.warned and (warning := grace_fit(cadence.saves, training.step_seconds, notice=notice, grace=grace)):
+        training.warned = True
+        training.progress.event("warning", message=warning)
+        print(f"training: {warning}", file=sys.stderr, flush=True)
 
 
 def save_now(training: Training, *, complete: bool) -> None:
     """The save of an agreed interruption, or the last one: durable when it returns."""
+    tell_saved(training, wait=True)
     meta, mine = contents(training)
-    began = time.monotonic()
+    training.saving = training.step
+    training.progress.event("saving", step=training.step)
     training.checkpointer.save(
         training.step, training.state, meta=meta, per_rank=mine, complete=complete, blocking=True
     )
-    training.checkpointer.wait_durable()
-    seconds = time.monotonic() - began
-    training.progress.event("checkpoint", step=training.step, stall=seconds, durable=seconds)
-    noticed = training.interruption.noticed_at
+    tell_saved(training, wait=True)
     if not complete:
+        noticed = training.interruption.noticed_at
         latency = time.time() - noticed if noticed else None
         training.progress.event("saved", step=training.step, notice=noticed, seconds_after_notice=latency)
 
@@ -384,6 +423,8 @@ def finish(training: Training) -> None:
         attempts=training.attempts,
     )
     write_atomically(output / "result.json", json.dumps(asdict(result), indent=1, sort_keys=True).encode())
+    if training.metrics is not None:
+        training.metrics.log(training.step, {f"heldout_{name}": value for name, value in metrics.items()})
     training.progress.event("complete", step=training.step)
 
 
@@ -422,6 +463,8 @@ def run(spec: TrainSpec) -> int:
         make_exact(spec, workers.device)
         leave_within = float(os.environ.get(LEAVE_WITHIN, "25"))
         interruption = Interruption(leave_within=leave_within).install()
+        if os.environ.get(LAUNCHER):
+            Progress(spec.progress).event("worker", rank=workers.rank, pid=os.getpid())
         training, resumed = set_up(spec, workers, interruption, progress)
         if resumed:
             progress.event("resumed", step=training.step, max_steps=training.max_steps, attempts=training.attempts)
@@ -432,6 +475,10 @@ def run(spec: TrainSpec) -> int:
             finish(training)
         finally:
             training.checkpointer.close()
+            if training.metrics is not None:
+                patience = 2.0 if interruption.noticed else METRICS_PATIENCE
+                if left := training.metrics.close(patience):
+                    progress.event("metrics", problem=f"{left} steps could not be sent to {spec.mlflow_uri}")
             interruption.close()
             progress.close()
     return EXIT_COMPLETE
