@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,6 +283,8 @@ class Rollout:
         """
         if version.ready == 0:
             return
+        from concurrent.futures import ThreadPoolExecutor
+
         waiting, end = set(version.pids), time.monotonic() + version.response_timeout + 1
         with ThreadPoolExecutor(max_workers=max(2, 2 * version.workers)) as pool:
             while waiting and time.monotonic() < end:
