@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments import processes
-
-MARK = "REPRISE_JOB_FOLDER"  # in the environment of every process of a job: the absolute path of its folder
+from deployments.processes import JOB_MARK as MARK
 
 
 class JobFolder:

@@ -30,7 +30,8 @@ from pathlib import Path
 from deployments import processes
 from deployments.errors import GiveUp
 from deployments.exit_causes import cause_of, oom_kills
-from deployments.job_folder import MARK, JobFolder
+from deployments.job_folder import JobFolder
+from deployments.processes import JOB_MARK as MARK
 from deployments.spot_market import PROGRESS, SpotMarket
 from deployments.workload import Cause, Outcome, Workload
 

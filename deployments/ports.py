@@ -10,8 +10,9 @@ import errno
 import socket
 from pathlib import Path
 
+from deployments.processes import SERVICE_MARK
+
 HOST = "127.0.0.1"
-SERVICE_MARK = "REPRISE_SERVICE_FOLDER"  # in the environment of every server of ours: P/.reprise/services/<name>
 
 
 def free(port: int) -> bool:

@@ -20,6 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+JOB_MARK = "REPRISE_JOB_FOLDER"  # P/.reprise/jobs/<workload>, in the environment of every process of a job
+SERVICE_MARK = "REPRISE_SERVICE_FOLDER"  # P/.reprise/services/<name>, in that of every process of a server
+MARKS = (JOB_MARK, SERVICE_MARK)
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -99,17 +102,24 @@ def recall(path: Path) -> tuple[Identity, dict[str, Any]] | None:
         return None
 
 
-def marks(variable: str) -> dict[int, str]:
-    """pid -> value, for every process we may look into that has `variable` in its environment; never ourselves."""
+def _look() -> dict[int, tuple[int, dict[str, str]]]:
+    """pid -> (parent, our marks in its environment), for every living process but ourselves."""
     import psutil
 
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            value = process.environ().get(variable)
-            if value is not None and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found[process.pid] = value
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                parent, own = process.ppid(), {}
+                with contextlib.suppress(psutil.AccessDenied):
+                    own = {name: value for name, value in process.environ().items() if name in MARKS}
+                found[process.pid] = parent, own
     return found
+
+
+def marks(variable: str) -> dict[int, str]:
+    """pid -> value, for every living process but ourselves that has this one of MARKS in its environment."""
+    return {pid: own[variable] for pid, (_, own) in _look().items() if variable in own}
 
 
 def children(pid: int) -> list[int]:
@@ -123,16 +133,23 @@ def children(pid: int) -> list[int]:
 
 
 def tree(variable: str, value: str, roots: Iterable[int] = ()) -> set[int]:
-    """Every process with the mark, the given roots, and all their descendants; never ourselves."""
-    import psutil
+    """Every process with the mark, the given roots, and all their descendants; never ourselves.
 
-    top = {pid for pid, found in marks(variable).items() if found == value}
-    top |= {pid for pid in roots if start_mark(pid)}
-    whole = set(top)
-    for pid in top:
-        with contextlib.suppress(psutil.Error):
-            whole |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
-    return {pid for pid in whole - {os.getpid()} if start_mark(pid)}
+    A descendant that has another mark belongs to somebody else (a server that was started from within a job).
+    """
+    found = _look()
+    offspring: dict[int, list[int]] = {}
+    for pid, (parent, own) in found.items():
+        if not own or own.get(variable) == value:
+            offspring.setdefault(parent, []).append(pid)
+    ahead = [pid for pid, (_, own) in found.items() if own.get(variable) == value] + [r for r in roots if r in found]
+    whole: set[int] = set()
+    while ahead:
+        pid = ahead.pop()
+        if pid not in whole:
+            whole.add(pid)
+            ahead += offspring.get(pid, [])
+    return whole
 
 
 def send(pids: Iterable[int], number: signal.Signals) -> None:

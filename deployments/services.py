@@ -23,9 +23,9 @@ from typing import Any, Literal
 from deployments import ports as tcp
 from deployments import processes
 from deployments.errors import PreflightError
-from deployments.job_folder import MARK as JOB_MARK
 from deployments.ports import HOST
-from deployments.ports import SERVICE_MARK as MARK
+from deployments.processes import JOB_MARK
+from deployments.processes import SERVICE_MARK as MARK
 from deployments.service_launches import NAMES, Service, laptop_services
 
 START_SECONDS = 180.0  # on a busy machine Prefect's first start takes its time: it makes its database

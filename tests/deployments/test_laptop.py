@@ -16,8 +16,9 @@ import pytest
 from deployments import processes
 from deployments.errors import GiveUp
 from deployments.exit_causes import cause_of
-from deployments.job_folder import MARK, JobFolder
+from deployments.job_folder import JobFolder
 from deployments.laptop import IGNORED, Laptop
+from deployments.processes import JOB_MARK as MARK
 from deployments.spot_market import SpotMarket
 from deployments.workload import Outcome, Runner, Workload
 

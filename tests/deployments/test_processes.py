@@ -11,7 +11,7 @@ import pytest
 
 from deployments import processes
 
-MARK = "REPRISE_TEST_MARK"
+MARK = processes.JOB_MARK
 # A parent with a child in a session of its own, as torchrun has, and a grandchild whose parent is gone (init's now).
 FAMILY = """
 import os, subprocess, sys, time

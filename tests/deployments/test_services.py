@@ -18,7 +18,8 @@ import pytest
 from deployments import ports as tcp
 from deployments import processes, services
 from deployments.errors import PreflightError
-from deployments.job_folder import MARK as JOB_MARK
+from deployments.processes import JOB_MARK
+from deployments.processes import SERVICE_MARK as MARK
 from deployments.service_launches import Service, laptop_services, mlflow_launch, prefect_launch
 
 # A server as the real ones are: slow to come up, with a child that ignores SIGTERM and has its own session.
@@ -41,7 +42,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(services, "REPLACE_SECONDS", 0.2)
     yield tmp_path / ".reprise"
-    left = {p for p, f in processes.marks(services.MARK).items() if f.startswith(str(tmp_path))}
+    left = {p for p, f in processes.marks(MARK).items() if f.startswith(str(tmp_path))}
     processes.send(left, signal.SIGKILL)
 
 
@@ -60,7 +61,7 @@ def server(
 
 
 def pids_of(folder: Path) -> set[int]:
-    return processes.tree(services.MARK, str(folder))
+    return processes.tree(MARK, str(folder))
 
 
 def test_started_in_parallel_then_reused_then_down(state: Path) -> None:
@@ -209,10 +210,20 @@ def test_a_port_of_another_project_names_its_folder(state: Path, tmp_path: Path)
     services.down(other, grace_seconds=0.2)
 
 
-def test_a_service_started_from_within_a_job_is_not_the_jobs(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(JOB_MARK, str(state / "jobs" / "deploy"))
-    services.start_all([server(state, "a", 18330)])
-    assert str(state / "jobs" / "deploy") not in processes.marks(JOB_MARK).values()
+def test_a_service_started_from_within_a_job_survives_it(state: Path) -> None:
+    folder = str(state / "jobs" / "deploy")
+    code = (
+        "from pathlib import Path; from tests.deployments import test_services as t; import time\n"
+        f"t.services.start_all([t.server(Path({str(state)!r}), 'a', 18330)]); print('up', flush=True); time.sleep(60)"
+    )
+    root = Path(__file__).parents[2]
+    env = {**os.environ, JOB_MARK: folder, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None and job.stdout.readline() == b"up\n"
+        assert processes.tree(JOB_MARK, folder) == {job.pid}
+        processes.kill_tree(JOB_MARK, folder)
+        job.wait()
+    assert services.status(state)[0].state == "running"
     services.down(state, grace_seconds=0.2)
 
 
