@@ -25,6 +25,8 @@ def open_clone(repo: Path, sha: str, path: str, clone: Path, cache: Path) -> Ite
 
     Raises ConfigError (no such commit, no .dvc) and PreflightError (a remote that is missing or does not verify).
     """
+    if not repo.is_dir():
+        raise ConfigError(f"{repo}: no such folder; expected the git repository of the project")
     _git(repo, "clone", "--quiet", "--shared", "--no-checkout", "--", str(repo), str(clone))
     _git(clone, "checkout", "--quiet", "--detach", sha, "--")
     dvc_root = next((p for p in (clone / path).parents if (p / ".dvc").is_dir() and p.is_relative_to(clone)), None)
@@ -88,7 +90,5 @@ def _git(folder: Path, *arguments: str) -> None:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise PreflightError("git is not on the PATH; expected git 2.30 or newer; install it") from None
-    except NotADirectoryError:
-        raise ConfigError(f"{folder}: is no folder; expected a git repository") from None
     if done.returncode:
         raise GiveUp(f"{folder}: git {arguments[0]} failed: {done.stderr.strip()}; expected a sound git repository")

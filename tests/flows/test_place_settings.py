@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from deployments.errors import ConfigError
 from flows.place_settings import load_place
 

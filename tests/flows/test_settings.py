@@ -1,4 +1,4 @@
-"""Each mistake that a person can make in pipeline.toml: file, line, section, key, value, what was expected, exit code 2."""
+"""Each mistake that a person can make in pipeline.toml: file, line, section, key, value, what was expected."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+
 from deployments.errors import ConfigError
 from flows.settings import find_pipeline, load_pipeline, slug
-from pydantic import ValidationError
 
 GOOD = """\
 [pipeline]

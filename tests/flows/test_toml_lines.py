@@ -1,13 +1,14 @@
-"""Every key's line, through all that TOML allows: quoted keys, arrays, inline tables, comments, four kinds of string."""
+"""Every key's line, through all that TOML allows: quoted keys, arrays, inline tables, comments, kinds of string."""
 
 from __future__ import annotations
 
 import tomllib
 
 import pytest
-from flows.toml_lines import KeyPath, key_lines
 from hypothesis import given
 from hypothesis import strategies as st
+
+from flows.toml_lines import KeyPath, key_lines
 
 TEXT = '''# top = 0
 title = "a # b"   # not = here
