@@ -21,6 +21,12 @@ class TryAgain(StepError):
     word = "try again"
 
 
+class Unreachable(TryAgain):
+    """Something outside does not answer: tried again, and if it stays away the place cannot run this."""
+
+    exit_code = 3
+
+
 class GiveUp(StepError):
     """No repetition will help; somebody has to change something."""
 
@@ -43,4 +49,6 @@ class GateRefused(GiveUp):
     exit_code = 4
 
 
-WORDS: dict[str, type[StepError]] = {c.__name__: c for c in (TryAgain, GiveUp, ConfigError, PreflightError, GateRefused)}
+WORDS: dict[str, type[StepError]] = {
+    c.__name__: c for c in (TryAgain, Unreachable, GiveUp, ConfigError, PreflightError, GateRefused)
+}

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.errors import GiveUp, PreflightError, TryAgain
+from deployments.errors import GiveUp, PreflightError, TryAgain, Unreachable
 from tasks.data_listing import Wrong
 
 LISTING = "the list of its files"  # stands for a path where the folder's own listing is wrong
@@ -52,7 +52,7 @@ def translated(error: Exception, remote: Remote, path: str) -> Exception:
     if any(word in words for word in _DENIED):
         return PreflightError(f"{where}: access denied: {error}; give this process the remote's credentials")
     if any(word in words for word in _AWAY) or any(isinstance(e, ConnectionError | TimeoutError) for e in chain):
-        return TryAgain(f"{where}: cannot be reached: {error}; check the network and the address")
+        return Unreachable(f"{where}: cannot be reached: {error}; check the network and the address")
     if any(isinstance(e, OSError) and e.errno == 28 for e in chain):
         return TryAgain(f"{path}: no space left on the device of the cache or the data; free some and try again")
     return error

@@ -218,7 +218,7 @@ def test_remote_that_refuses_connections(root: Path) -> None:
     environment = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_MAX_ATTEMPTS": "1"}
     code, said = in_process(request, environment=environment)
     assert code == 1
-    assert "TryAgain: remote 'store' at s3://bucket/x: cannot be reached" in said, said
+    assert "Unreachable: remote 'store' at s3://bucket/x: cannot be reached" in said, said
 
 
 def test_remote_that_does_not_verify(root: Path) -> None:
