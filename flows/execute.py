@@ -31,7 +31,9 @@ class Interrupted(StepError):
 def execute(order: Order, *, quiet: bool = False) -> dict[str, Any]:
     """Run an order to its end and return the run's document. Raises the error of its first failing step, or Interrupted."""
     prepared = prepare(order)
-    dirty = prepared.project.dirty([prepared.pipeline.file.name, prepared.pipeline.model.module, *prepared.pipeline.model.files])
+    dirty = prepared.project.dirty(
+        [prepared.pipeline.file.name, prepared.pipeline.model.module, *prepared.pipeline.model.files]
+    )
     if dirty and not quiet:
         say(f"note: not committed, so not part of the run: {', '.join(dirty)}", style="yellow")
     with _turn(prepared, quiet=quiet):
@@ -147,7 +149,10 @@ def summary(document: dict[str, Any]) -> list[tuple[str, str]]:
     """What one wants to know of a finished run, as (name, value)."""
     attempts = document["attempts"]
     lines = [
-        ("run", f"{document['run']}: {document['status']} in {seconds((document['ended'] or time.time()) - document['started'])}"),
+        (
+            "run",
+            f"{document['run']}: {document['status']} in {seconds((document['ended'] or time.time()) - document['started'])}",
+        ),
         ("commit", f"{document['git_sha'][:12]}, data {document['data_digest'][:12]}"),
     ]
     if attempts:
@@ -166,8 +171,17 @@ def summary(document: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append((".mar", f"sha256 {document['mar_sha256']}"))
     if check := document.get("check"):
         lines.append(
-            ("endpoint", f"{check['samples']} held-out samples, agreement {check['agreement']:.4g}, p95 {check['p95_ms']:.1f} ms")
+            (
+                "endpoint",
+                f"{check['samples']} held-out samples, agreement {check['agreement']:.4g}, p95 {check['p95_ms']:.1f} ms",
+            )
         )
-    names = {"prefect": "Prefect", "mlflow_run": "MLflow", "model": "version", "report": "report", "endpoint": "serves at"}
+    names = {
+        "prefect": "Prefect",
+        "mlflow_run": "MLflow",
+        "model": "version",
+        "report": "report",
+        "endpoint": "serves at",
+    }
     lines += [(text, document["links"][key]) for key, text in names.items() if document["links"].get(key)]
     return lines

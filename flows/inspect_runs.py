@@ -56,7 +56,10 @@ def show_run(order: Order, run: str, *, as_json: bool) -> None:
     if as_json:
         show_json(document)
         return
-    say(f"{document['run']}  {document['status']}" + (f": {document['message']}" if document["message"] else ""), style="bold")
+    say(
+        f"{document['run']}  {document['status']}" + (f": {document['message']}" if document["message"] else ""),
+        style="bold",
+    )
     steps = [
         [SIGNS.get(s["status"], " "), s["name"], s["status"], seconds(s["seconds"] or None), s["key"][:12], s["reason"]]
         for s in document["steps"]
@@ -131,7 +134,9 @@ def cancel_run(order: Order, run: str, *, wait_seconds: float = 120.0) -> dict[s
             if any(key in folder.name for key in keys):
                 runner.stop(folder.name)
         if document["status"] == "interrupted":
-            store.write(f"runs/{run}", {**document, "status": "cancelled", "ended": time.time(), "message": "cancelled"})
+            store.write(
+                f"runs/{run}", {**document, "status": "cancelled", "ended": time.time(), "message": "cancelled"}
+            )
     return read_run(store, run)
 
 

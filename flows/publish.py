@@ -61,7 +61,9 @@ async def _begin(run: Run) -> None:
     previous = run.document.get("previous", {}).get("prefect")
     if previous:
         await _close_previous(run, previous)
-    await acreate_markdown_artifact(key="plan", markdown=plan_markdown(run.plan), description="What runs, what is reused, and why")
+    await acreate_markdown_artifact(
+        key="plan", markdown=plan_markdown(run.plan), description="What runs, what is reused, and why"
+    )
 
 
 async def _close_previous(run: Run, flow_run: str) -> None:
@@ -145,4 +147,3 @@ async def _links(run: Run) -> None:
     for name, (key, text) in texts.items():
         if links.get(name):
             await acreate_link_artifact(key=key, link=links[name], link_text=text, description=text)
-

@@ -28,7 +28,11 @@ from tasks.train_model import train_model
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False)
 async def retrain(
-    pipeline: str = "", rev: str = "HEAD", overrides: list[str] | None = None, place: str = "laptop", cause: str = "form"
+    pipeline: str = "",
+    rev: str = "HEAD",
+    overrides: list[str] | None = None,
+    place: str = "laptop",
+    cause: str = "form",
 ) -> dict[str, Any]:
     """One run of one pipeline; returns its document. Raises what its first failing step raised."""
     order = Order(pipeline=pipeline, rev=rev, overrides=tuple(overrides or ()), place=place, cause=cause)

@@ -25,7 +25,9 @@ def rollback(order: Order, to: str) -> dict[str, Any]:
     pipeline = load_pipeline(file)
     endpoint = store.read(f"endpoints/{pipeline.name}")
     if not endpoint or not endpoint.get("serving"):
-        raise GiveUp(f"{pipeline.name}: nothing is in service, so there is nothing to roll back; start with: reprise run")
+        raise GiveUp(
+            f"{pipeline.name}: nothing is in service, so there is nothing to roll back; start with: reprise run"
+        )
     urls = service_urls(place)
     ensure_services(place)
     request = RollbackRequest(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deployments.errors import ConfigError
 from deployments.workload import Runner
+from flows.module_check import check_module
 from flows.plan import Plan, make_plan
 from flows.project import Project
 from flows.run import Event, Run, open_run
@@ -67,7 +68,9 @@ def where(order: Order) -> tuple[Path, PlaceSettings, Store]:
     """The pipeline file, the place and the store of an order. Raises ConfigError."""
     file = Path(order.pipeline).absolute() if order.pipeline else find_pipeline(Path.cwd())
     if not file.is_file():
-        raise ConfigError(f"--pipeline {order.pipeline}: no such file; expected a pipeline.toml (`reprise demo` makes one)")
+        raise ConfigError(
+            f"--pipeline {order.pipeline}: no such file; expected a pipeline.toml (`reprise demo` makes one)"
+        )
     place = load_place(order.place, file.parent)
     return file, place, Store(root=str(place.state / "store"))
 
@@ -79,6 +82,8 @@ def prepare(order: Order) -> Prepared:
     sha = project.resolve(order.rev)
     text = project.read_text(sha, project.in_repo(file.name))
     pipeline = load_pipeline(text, source_name=f"{file.name}@{sha[:7]}", overrides=order.overrides, file=file)
+    module = pipeline.model.module
+    check_module(project.read_text(sha, project.in_repo(module)), f"{module}@{sha[:7]}")
     return Prepared(
         order=order, project=project, pipeline=pipeline, place=place, store=store, urls=service_urls(place), git_sha=sha
     )
@@ -129,4 +134,3 @@ def current_run(order: Order) -> Iterator[Run]:
     ensure_services(prepared.place)
     with begin(prepared, prepared.plan()) as run:
         yield run
-

@@ -14,15 +14,18 @@ import time
 import typing
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from deployments.errors import WORDS, GiveUp, TryAgain
 from deployments.workload import Outcome, Resources, Workload
 from flows.run import Run
+from flows.tail import following
 from tasks.records import Attempt
 from tasks.step import EXIT_TRY_AGAIN, from_json
 from tasks.train_model import TrainedModel, TrainRequest, train_model
@@ -115,17 +118,23 @@ def _judge(outcome: Outcome, step: str) -> dict[str, Any]:
 
 
 def _drive_training(run: Run, request: TrainRequest) -> tuple[dict[str, Any], float]:
-    began = time.time()
+    began, logger = time.time(), get_run_logger()
 
     def on_attempts(attempts: list[Attempt]) -> None:
-        run.workload = f"train-{request.spec.key[:12]}-{attempts[-1].number}" if attempts[-1].ended is None else ""
+        last = attempts[-1]
+        run.workload = f"train-{request.spec.key[:12]}-{last.number}" if last.ended is None else ""
         run.attempts_changed(attempts)
+        if last.ended is None:
+            logger.info(f"attempt {last.number} starts, from step {last.from_step}")
+        else:
+            lost = max(0, last.reached_step - last.to_step)
+            logger.info(f"attempt {last.number} ended at step {last.reached_step}: {last.reason}; {lost} steps lost")
 
-    trained: TrainedModel = train_model(
-        request,
-        runner=run.runner,
-        store=run.store,
-        on_line=lambda line: run.event("line", step="train_model", line=line),
-        on_attempts=on_attempts,
-    )
+    def on_line(line: str) -> None:
+        run.event("line", step="train_model", line=line)
+
+    with following(Path(request.spec.progress), on_line):
+        trained: TrainedModel = train_model(
+            request, runner=run.runner, store=run.store, on_line=on_line, on_attempts=on_attempts
+        )
     return asdict(trained), time.time() - began

@@ -70,7 +70,11 @@ def _evaluate(run: Run, known: dict[str, Any], data: PulledData) -> dict[str, fl
     name = f"evaluate-{known['spec']['key'][:12]}-{data.heldout_digest[:12]}"
     output = run.store.path / "evaluations" / name
     spec = {**known["spec"], "data": data.folder, "output": str(output), "mlflow_uri": "", "progress": ""}
-    run.event("line", step="register_model", line=f"evaluating the champion, version {known['version']}, on the new held-out data")
+    run.event(
+        "line",
+        step="register_model",
+        line=f"evaluating the champion, version {known['version']}, on the new held-out data",
+    )
     workload = Workload(
         name=name,
         image="train",
@@ -82,7 +86,7 @@ def _evaluate(run: Run, known: dict[str, Any], data: PulledData) -> dict[str, fl
     try:
         metrics: dict[str, float] = json.loads((Path(output) / "metrics.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise GiveUp(f"champion {known['version']}: evaluation on the new held-out data failed: {outcome.reason}; its log is {outcome.log}") from error
+        raise GiveUp(
+            f"champion {known['version']}: evaluation on the new held-out data failed: {outcome.reason}; its log is {outcome.log}"
+        ) from error
     return metrics
-
-

@@ -32,22 +32,14 @@ class Gate:
 
     def __post_init__(self) -> None:
         if not self.metric or not isinstance(self.metric, str):
-            raise ConfigError(
-                f"gate.metric = {self.metric!r}: expected the name of a metric, such as 'accuracy'"
-            )
+            raise ConfigError(f"gate.metric = {self.metric!r}: expected the name of a metric, such as 'accuracy'")
         if self.minimum is not None and not is_finite(self.minimum):
-            raise ConfigError(
-                f"gate.minimum = {self.minimum!r}: expected a finite number"
-            )
+            raise ConfigError(f"gate.minimum = {self.minimum!r}: expected a finite number")
         if not is_finite(self.tolerance) or self.tolerance < 0:
-            raise ConfigError(
-                f"gate.tolerance = {self.tolerance!r}: expected a finite number of at least 0"
-            )
+            raise ConfigError(f"gate.tolerance = {self.tolerance!r}: expected a finite number of at least 0")
         for name in ("higher_is_better", "require_resume_certificate"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    f"gate.{name} = {getattr(self, name)!r}: expected true or false"
-                )
+                raise ConfigError(f"gate.{name} = {getattr(self, name)!r}: expected true or false")
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Gate:
@@ -60,9 +52,7 @@ class Gate:
             "require_resume_certificate",
         )
         if unknown := sorted(set(raw) - set(known)):
-            raise ConfigError(
-                f"gate.{unknown[0]} = {raw[unknown[0]]!r}: unknown key; known: {', '.join(known)}"
-            )
+            raise ConfigError(f"gate.{unknown[0]} = {raw[unknown[0]]!r}: unknown key; known: {', '.join(known)}")
         return cls(**raw)
 
 
@@ -79,19 +69,14 @@ class Decision:
     champion_version: str = ""  # empty: there is no champion
     champion_value: float | None = None
     heldout_digest: str = ""
-    sentences: list[str] = field(
-        default_factory=list
-    )  # one per rule that was looked at
+    sentences: list[str] = field(default_factory=list)  # one per rule that was looked at
     refusals: list[str] = field(default_factory=list)  # those of them that say no
 
 
 def is_finite(value: Any) -> bool:
     """Whether `value` is a finite number (True and False are not numbers here)."""
     return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and abs(value) < LARGEST
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < LARGEST
     )
 
 
@@ -174,9 +159,7 @@ def _value(metrics: Mapping[str, Any], name: str) -> float | None:
     return float(found) if is_finite(found) and found is not None else None
 
 
-def _against(
-    gate: Gate, value: float | None, version: str, metrics: Mapping[str, Any]
-) -> tuple[bool, str]:
+def _against(gate: Gate, value: float | None, version: str, metrics: Mapping[str, Any]) -> tuple[bool, str]:
     """The rule about the champion: (fulfilled, sentence)."""
     if gate.metric not in metrics:
         there = ", ".join(sorted(metrics)) or "none"
@@ -197,9 +180,7 @@ def _against(
         )
     worse_by = (theirs - value) if gate.higher_is_better else (value - theirs)
     # A tolerance of 0.01 must let 0.97 - 0.96 pass, which in binary is a little more than 0.01.
-    ok = worse_by <= gate.tolerance or math.isclose(
-        worse_by, gate.tolerance, rel_tol=1e-9, abs_tol=1e-12
-    )
+    ok = worse_by <= gate.tolerance or math.isclose(worse_by, gate.tolerance, rel_tol=1e-9, abs_tol=1e-12)
     if worse_by <= 0:
         how = "is as good" if worse_by == 0 else "is better"
     else:

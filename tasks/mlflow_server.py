@@ -32,9 +32,7 @@ AWAY = frozenset(
 def connect(uri: str) -> MlflowClient:
     """A client for runs and for the registry of one server. Raises GiveUp when there is no address."""
     if not uri:
-        raise GiveUp(
-            "tracking_uri is empty; expected the MLflow server's address, such as http://127.0.0.1:5000"
-        )
+        raise GiveUp("tracking_uri is empty; expected the MLflow server's address, such as http://127.0.0.1:5000")
     # Before the import: mlflow reads some of these once. A user's own values stand.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -58,21 +56,15 @@ def told(uri: str, doing: str) -> Iterator[None]:
     except MlflowException as error:
         message = " ".join(str(error).split())
         if error.error_code in AWAY:
-            raise TryAgain(
-                f"MLflow at {uri} did not answer while {doing}: {message[:400]}"
-            ) from error
+            raise TryAgain(f"MLflow at {uri} did not answer while {doing}: {message[:400]}") from error
         if "Invalid Host header" in message:
             message += " (start the server with --allowed-hosts naming this address)"
         raise GiveUp(f"MLflow at {uri} refused {doing}: {message[:400]}") from error
     except RequestException as error:
         status = error.response.status_code if error.response is not None else 0
         if 400 <= status < 500 and status not in (408, 429):
-            raise GiveUp(
-                f"MLflow at {uri} refused {doing}: HTTP {status}: {error}"
-            ) from error
-        raise TryAgain(
-            f"MLflow at {uri} did not answer while {doing}: {error}"
-        ) from error
+            raise GiveUp(f"MLflow at {uri} refused {doing}: HTTP {status}: {error}") from error
+        raise TryAgain(f"MLflow at {uri} did not answer while {doing}: {error}") from error
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:

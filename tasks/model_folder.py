@@ -59,18 +59,12 @@ def collect(
         sources.append(("resume_certificate.json", certificate))
     for name, path in sources:
         if not path.is_file():
-            raise GiveUp(
-                f"{path}: there is no such file; it should go into the model as {name!r}"
-            )
+            raise GiveUp(f"{path}: there is no such file; it should go into the model as {name!r}")
         if name in found or name in ("MLmodel", "params.json", "input_example.json"):
-            raise ConfigError(
-                f"model.files: {path} and {found.get(name, name)} would both be {name!r} in the model"
-            )
+            raise ConfigError(f"model.files: {path} and {found.get(name, name)} would both be {name!r} in the model")
         found[name] = path
     if (digest := sha256(weights)) != weights_sha256:
-        raise GiveUp(
-            f"{weights}: expected sha256 {weights_sha256}, found {digest}; train again or restore the file"
-        )
+        raise GiveUp(f"{weights}: expected sha256 {weights_sha256}, found {digest}; train again or restore the file")
     return found
 
 
@@ -89,14 +83,10 @@ def read_heldout(path: Path, limit: int = ANSWERS) -> list[dict[str, Any]]:
                 if not isinstance(row["answer"], dict):
                     raise TypeError("answer is no object")
             except (ValueError, KeyError, TypeError) as error:
-                raise GiveUp(
-                    f"{path}:{number}: not a held-out row with body_b64 and answer ({error})"
-                ) from error
+                raise GiveUp(f"{path}:{number}: not a held-out row with body_b64 and answer ({error})") from error
             rows.append(row)
     if not rows:
-        raise GiveUp(
-            f"{path}: no held-out answers; the trainer writes them when it is complete"
-        )
+        raise GiveUp(f"{path}: no held-out answers; the trainer writes them when it is complete")
     return rows
 
 
@@ -108,9 +98,7 @@ def output_schema(answers: list[dict[str, Any]]) -> Schema:
     columns: list[ColSpec | TensorSpec] = []
     for name in names:
         values = [answer[name] for answer in answers if name in answer]
-        columns.append(
-            ColSpec(type=_kind(values), name=name, required=len(values) == len(answers))
-        )
+        columns.append(ColSpec(type=_kind(values), name=name, required=len(values) == len(answers)))
     return Schema(columns)
 
 
@@ -124,12 +112,7 @@ def _kind(values: list[Any]) -> Any:
     if all(isinstance(v, dict) and v for v in values):
         names = sorted({name for v in values for name in v})
         found = {name: [v[name] for v in values if name in v] for name in names}
-        return Object(
-            [
-                Property(n, _kind(found[n]), required=len(found[n]) == len(values))
-                for n in names
-            ]
-        )
+        return Object([Property(n, _kind(found[n]), required=len(found[n]) == len(values)) for n in names])
     kinds = {type(v) for v in values}
     anything = AnyType()  # type: ignore[no-untyped-call]
     scalars = {
@@ -160,9 +143,7 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in sources.items():
         shutil.copyfile(path, folder / name)
-    (folder / "params.json").write_text(
-        json.dumps(dict(params), indent=1, sort_keys=True) + "\n"
-    )
+    (folder / "params.json").write_text(json.dumps(dict(params), indent=1, sort_keys=True) + "\n")
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
 
     rows = read_heldout(folder / "heldout.jsonl")
@@ -181,9 +162,7 @@ def write_folder(
         heldout="heldout.jsonl",
         files=digests,
     )
-    with (
-        warnings.catch_warnings()
-    ):  # mlflow 3.17.2 compares columns in a way that pandas 3 deprecates
+    with warnings.catch_warnings():  # mlflow 3.17.2 compares columns in a way that pandas 3 deprecates
         warnings.simplefilter("ignore")
         _save_example(model, pandas.DataFrame({"body": bodies}), str(folder))
     model.save(str(folder / "MLmodel"))

@@ -128,7 +128,9 @@ class Store:
                 except BlockingIOError:
                     if time.monotonic() >= give_up:
                         handle.seek(0)
-                        raise TryAgain(f"lock {name!r} is held by {handle.read().strip() or 'another process'}") from None
+                        raise TryAgain(
+                            f"lock {name!r} is held by {handle.read().strip() or 'another process'}"
+                        ) from None
                     time.sleep(0.05)
             handle.truncate(0)
             handle.write(f"process {os.getpid()}")

@@ -168,17 +168,17 @@ def _is_whole(client: MlflowClient, run_id: str, digests: dict[str, str]) -> boo
 
 
 def log_once(client: MlflowClient, run: Run, request: RegisterRequest) -> None:
-    """Params, held-out metrics and lineage on the training's run; what is there already is left as the trainer wrote it."""
+    """Params, held-out metrics and lineage on the training's run. What the trainer wrote there stands."""
     from mlflow.entities import Metric, Param, RunTag
 
     now = int(run.info.start_time or 0)
     values = {f"heldout.{name}": value for name, value in request.metrics.items()}
-    client.log_batch(
-        request.run_id,
-        params=[Param(k, str(v)) for k, v in request.params.items() if k not in run.data.params],
-        metrics=[Metric(k, float(v), now, 0) for k, v in values.items() if is_finite(v) and k not in run.data.metrics],
-        tags=[RunTag(f"reprise.{k}", str(v)) for k, v in request.lineage.items()],
-    )
+    metrics = [Metric(k, float(v), now, 0) for k, v in values.items() if is_finite(v) and k not in run.data.metrics]
+    params = [Param(k, str(v)) for k, v in request.params.items() if k not in run.data.params]
+    tags = [RunTag(f"reprise.{k}", str(v)) for k, v in request.lineage.items()]
+    client.log_batch(request.run_id, metrics=metrics, tags=tags)
+    for first in range(0, len(params), 100):  # MLflow takes a hundred at once
+        client.log_batch(request.run_id, params=params[first : first + 100])
 
 
 def _check(request: RegisterRequest) -> None:

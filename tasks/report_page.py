@@ -117,8 +117,8 @@ def summary(document: Mapping[str, Any]) -> str:
         parts.append("Trained without an interruption" if attempts else "Started")
     gate, version = document.get("gate") or {}, document.get("model_version")
     if status == "refused":
-        refusals = "; ".join(gate.get("refusals") or [])
-        parts.append(f"refused by the gate{': ' + refusals if refusals else ''}")
+        why = "; ".join(gate.get("refusals") or []) or str(document.get("message", "")).rstrip(".")
+        parts.append(f"refused by the gate{': ' + why if why else ''}")
     else:
         if gate.get("value") is not None:
             parts.append(_bound(gate))

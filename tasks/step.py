@@ -71,7 +71,10 @@ def run_step(name: str, request_path: Path, result_path: Path) -> int:
         task = load_task(name)
         request = read_request(task, json.loads(request_path.read_text()))
         result = task(request)
-        document = {"ok": True, "result": asdict(result) if is_dataclass(result) and not isinstance(result, type) else result}
+        document = {
+            "ok": True,
+            "result": asdict(result) if is_dataclass(result) and not isinstance(result, type) else result,
+        }
         code = 0
     except StepError as error:
         document = {"ok": False, "error": {"type": type(error).__name__, "word": error.word, "message": str(error)}}

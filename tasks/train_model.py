@@ -19,12 +19,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import GiveUp, TryAgain
+from deployments.errors import ConfigError, GiveUp, TryAgain
 from deployments.workload import INTERRUPTIONS, Outcome, Resources, Runner, Workload
 from tasks.records import Attempt, Store
 from training.spec import EXIT_BAD_SPEC, EXIT_NO_GOOD_CHECKPOINT, TrainResult, TrainSpec
-from training.tracking import ChangedParameters, TrackingRefused, TrackingUnavailable, end_run, find_or_create_run, set_tags
-
+from training.tracking import (
+    ChangedParameters,
+    TrackingRefused,
+    TrackingUnavailable,
+    end_run,
+    find_or_create_run,
+    set_tags,
+)
 
 
 class Cancelled(GiveUp):
@@ -185,7 +191,9 @@ def _check_budgets(request: TrainRequest, attempts: list[Attempt]) -> None:
         )
     began = attempts[0].started if attempts else time.time()
     if request.deadline_seconds is not None and time.time() - began > request.deadline_seconds:
-        raise GiveUp(f"training {request.spec.key[:12]}: not done within [train] deadline = {request.deadline_seconds:g} s")
+        raise GiveUp(
+            f"training {request.spec.key[:12]}: not done within [train] deadline = {request.deadline_seconds:g} s"
+        )
 
 
 def _open_attempt(attempts: list[Attempt], request: TrainRequest) -> list[Attempt]:
@@ -272,8 +280,12 @@ def _why(outcome: Outcome) -> str:
 
 def _stop_or_go_on(outcome: Outcome, attempt: Attempt, spec: TrainSpec) -> None:
     if outcome.cause == "cancelled":
-        raise Cancelled(f"training {spec.key[:12]}: cancelled; its checkpoint of step {attempt.to_step} stands, resume continues there")
+        raise Cancelled(
+            f"training {spec.key[:12]}: cancelled; its checkpoint of step {attempt.to_step} stands, resume continues there"
+        )
     if outcome.cause == "deadline":
         raise GiveUp(f"training {spec.key[:12]}: {outcome.reason}; its checkpoint of step {attempt.to_step} stands")
     if outcome.exit_code in (EXIT_BAD_SPEC, EXIT_NO_GOOD_CHECKPOINT):
-        raise GiveUp(f"training {spec.key[:12]}: {attempt.reason}")
+        raise (ConfigError if outcome.exit_code == EXIT_BAD_SPEC else GiveUp)(
+            f"training {spec.key[:12]}: {attempt.reason}"
+        )

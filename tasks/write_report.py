@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Report:
 
 def write_report(request: ReportRequest) -> Report:
     """Write the page and publish it. Raises GiveUp when the document lacks what every run has."""
-    text = render(request)
+    text = render(replace(request, document=with_decision(request)))
     target = Path(request.html)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -61,6 +61,24 @@ def write_report(request: ReportRequest) -> Report:
         except StepError as error:  # the page is a copy for readers: a server that is away must not fail the run
             note = str(error)
     return Report(html=str(target), url=url, bytes=target.stat().st_size, note=note)
+
+
+def with_decision(request: ReportRequest) -> dict[str, Any]:
+    """The document, with the gate's decision. A refusal ends the step, so its numbers are on the version in MLflow."""
+    document = request.document
+    if document.get("status") != "refused" or document.get("gate") or not (request.tracking_uri and request.run_id):
+        return document
+    from tasks.mlflow_server import connect, told
+
+    try:
+        with told(request.tracking_uri, "reading the gate's decision"):
+            found = connect(request.tracking_uri).search_model_versions(f"run_id = '{request.run_id}'")
+    except StepError:  # the document's own message tells the refusal too
+        return document
+    version = next((v for v in found if v.tags.get("reprise.decision")), None)
+    if version is None:
+        return document
+    return {**document, "gate": json.loads(version.tags["reprise.decision"]), "model_version": str(version.version)}
 
 
 def publish(file: Path, tracking_uri: str, run_id: str) -> str:

@@ -134,7 +134,9 @@ def test_the_first_run_survives_two_interruptions(digits: Laptop) -> None:
 def _no_repeated_metric(laptop: Laptop, document: dict[str, Any]) -> bool:
     """One MLflow run over all attempts: every step of the loss once."""
     run = document["links"]["mlflow_run"].rpartition("/")[2]
-    history = laptop.get("mlflow", f"/api/2.0/mlflow/metrics/get-history?run_id={run}&metric_key=loss&max_results=25000")
+    history = laptop.get(
+        "mlflow", f"/api/2.0/mlflow/metrics/get-history?run_id={run}&metric_key=train_loss&max_results=25000"
+    )
     steps = [int(m["step"]) for m in history["metrics"]]
     return len(steps) > 100 and sorted(steps) == list(range(1, len(steps) + 1))
 
@@ -150,6 +152,7 @@ def test_every_held_out_sample_is_answered_as_the_model_answers(digits: Laptop) 
         assert answer["label"] == sample["answer"]["label"], sample["name"]
         assert answer["model_version"] == document["model_version"]
         right += answer["label"] == sample["label"]
+    connection.close()
     assert right / len(samples) == pytest.approx(document["metrics"]["accuracy"])
 
 
@@ -195,6 +198,7 @@ def test_a_data_commit_under_load_loses_no_request(digits: Laptop) -> None:
                 failures.append(repr(error))
                 connection.close()
             time.sleep(0.02)
+        connection.close()
 
     clients = [threading.Thread(target=client) for _ in range(8)]
     for thread in clients:
@@ -299,7 +303,9 @@ def test_what_was_in_service_is_again_after_down_and_up(digits: Laptop) -> None:
 
 def test_git_status_is_clean_and_another_example_is_served(tmp_path: Path, digits: Laptop) -> None:
     digits.command("down")
-    status = subprocess.run(["git", "status", "--porcelain"], cwd=digits.folder, capture_output=True, text=True, check=True)
+    status = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=digits.folder, capture_output=True, text=True, check=True
+    )
     assert status.stdout.replace("?? laptop.toml\n", "") == ""
     tumours = Laptop(tmp_path / "elsewhere", "tumours", PORT)
     try:

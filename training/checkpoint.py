@@ -294,7 +294,7 @@ class Checkpointer:
             self._plan.staging.close()
             self._plan = None
         layout = plan_save(flat, self.rank, self._gather)
-        self._plan = _Plan(signature=structure, layout=layout, staging=HostStaging(layout))
+        self._plan = _Plan(signature=structure, layout=layout, staging=self._staging(layout, flat))
         return self._plan
 
     def _sources(self, flat: FlatState, plan: _Plan) -> list[tuple[shard_file.Piece, torch.Tensor]]:

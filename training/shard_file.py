@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from training.manifest import StoredFile
 
 PAGE = 4096  # the header is padded to it, so that tensor data may be written past the page cache
 CHUNK = 16 << 20  # bytes hashed and written at a time: large enough to amortise a call, small enough to yield
+ALIGN = 64  # bytes; a cache line
 PAD = "__pad__"  # names of filler entries: the format allows no gaps
 
 _DTYPES = {
@@ -64,6 +66,11 @@ class Piece:
     def entry(self) -> str:
         """The name in the file: the key, and for a true part its offsets."""
         return self.key if self.shape == self.whole else f"{self.key}@{','.join(map(str, self.offsets))}"
+
+
+def _group(part: tuple[Any, ...]) -> tuple[Any, ...]:
+    _, dtype, _, _, _, on_device, nbytes = part
+    return (not on_device, -dtype.itemsize, str(dtype), nbytes % ALIGN != 0)
 
 
 def lay_out(

@@ -1,9 +1,9 @@
 """Copying the state out of the way of training: into one buffer that is allocated once and kept for life.
 
-On a CPU a thread copies tensor by tensor while forward and backward run; `memmove` releases the interpreter lock. On
-CUDA, when the device has room, the state is first cloned on the device (milliseconds) and goes out to pinned memory
-behind the next steps; without room it goes to pinned memory at once, on a stream of its own.
-Not covered: what is copied (training/state_tree.py, training/checkpoint.py) and what happens to the copy.
+A thread copies block by block while forward and backward run; `memmove` releases the interpreter lock, and whoever
+comes to wait helps to finish. The buffer has the layout of the file, so the copy is also the serialisation.
+CUDA states go through training/device_staging.py.
+Not covered: what is copied (training/state_tree.py) and what happens to the copy (training/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import ctypes
 import mmap
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Protocol
 
 import torch
 
 from training.shard_file import CHUNK, Layout, Piece
+
+BLOCK = 4 << 20  # bytes per memmove: two threads share one tensor, and a block is done in about a millisecond
+Sources = Sequence[tuple[Piece, torch.Tensor]]
 
 
 class Arena:
@@ -36,19 +39,30 @@ class Arena:
 
     def tensor(self) -> torch.Tensor:
         """The memory as a uint8 tensor of shape (nbytes,), sharing it."""
+        if not self.nbytes:
+            return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._pages, dtype=torch.uint8, count=self.nbytes)
 
-
-Sources = Sequence[tuple[Piece, torch.Tensor]]
+    def chunks(self) -> Iterator[memoryview]:
+        """The memory in pieces of at most CHUNK bytes."""
+        for at in range(0, self.nbytes, CHUNK):
+            yield self.view[at : at + CHUNK]
 
 
 class Snapshot(Protocol):
-    """One copy of the state on its way. `wait` returns when the sources may change (or raises what went wrong),
-    `chunks` gives the copy to the writer, `release` lets the next snapshot use the memory."""
+    """One copy of the state on its way."""
 
-    def wait(self) -> None: ...
-    def chunks(self) -> Iterator[memoryview]: ...
-    def release(self) -> None: ...
+    def wait(self) -> None:
+        """For the training thread: returns when the state may change, or raises what went wrong."""
+
+    def chunks(self) -> Iterator[memoryview]:
+        """For the writer: the copy in the file's order, each part once it is there."""
+
+    def device_seconds(self) -> float:
+        """Seconds that the device's stream stood still for this copy; known after `chunks` has ended."""
+
+    def release(self) -> None:
+        """Let the next snapshot use the memory. Called exactly once, also after a failure."""
 
 
 class Staging(Protocol):
@@ -58,7 +72,8 @@ class Staging(Protocol):
     def close(self) -> None: ...
 
 
-def _view(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
+def view_in(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The piece's place in a flat uint8 tensor that has the rank's layout."""
     return flat[piece.start : piece.start + piece.nbytes].view(piece.dtype).view(piece.shape)
 
 
@@ -67,7 +82,7 @@ class HostStaging:
 
     def __init__(self, layout: Layout) -> None:
         self.arena = Arena(layout.nbytes)
-        self.flat = self.arena.tensor() if layout.nbytes else torch.empty(0, dtype=torch.uint8)
+        self.flat = self.arena.tensor()
         self.free = threading.Semaphore(1)
         self._queue: queue.SimpleQueue[HostSnapshot | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="checkpoint-staging", daemon=True)
@@ -82,6 +97,7 @@ class HostStaging:
     def _run(self) -> None:
         while (snapshot := self._queue.get()) is not None:
             self.free.acquire()
+            snapshot.begun.set()
             snapshot.copy()
             del snapshot
 
@@ -92,35 +108,72 @@ class HostStaging:
 
 
 class HostSnapshot:
-    """See Snapshot."""
+    """See Snapshot. The staging thread and the waiting one take blocks from one iterator (`next` on it is atomic)."""
 
     def __init__(self, staging: HostStaging, sources: Sources) -> None:
         self._staging, self._sources = staging, sources
+        self._blocks = _blocks(staging, sources)
+        self._left = len(self._blocks)
+        self._next = iter(self._blocks)
+        self._lock = threading.Lock()
         self._done: Future[None] = Future()
+        self.begun = threading.Event()
+        if not self._blocks:
+            self._done.set_result(None)
 
     def copy(self) -> None:
-        """Copy every source to its place; memmove and copy_ release the interpreter lock."""
-        base, move = self._staging.arena.address, ctypes.memmove
-        try:
-            for piece, tensor in self._sources:
-                if tensor.is_contiguous():
-                    move(base + piece.start, tensor.data_ptr(), piece.nbytes)
-                elif piece.nbytes:
-                    _view(self._staging.flat, piece).copy_(tensor)
-        except BaseException as error:  # handed to whoever waits
-            self._done.set_exception(error)
-        else:
-            self._done.set_result(None)
-        self._sources = ()
+        """Copy blocks until none is left to begin; the last thread to finish one reports."""
+        count, error = 0, None
+        for block in self._next:
+            try:
+                block()
+            except BaseException as raised:  # handed to whoever waits
+                error = raised
+            count += 1
+        with self._lock:
+            self._left -= count
+            finished = self._left == 0 and not self._done.done()
+            if error is not None and not self._done.done():
+                self._done.set_exception(error)
+            elif finished:
+                self._done.set_result(None)
+        if finished:
+            self._sources = self._blocks = ()
 
     def wait(self) -> None:
+        if not self._done.done():
+            self.begun.wait()
+            self.copy()
         self._done.result()
 
     def chunks(self) -> Iterator[memoryview]:
-        arena = self._staging.arena
-        for at in range(0, arena.nbytes, CHUNK):
-            yield arena.view[at : at + CHUNK]
+        self._done.result()
+        yield from self._staging.arena.chunks()
+
+    def device_seconds(self) -> float:
+        return 0.0
 
     def release(self) -> None:
         wait([self._done])
         self._staging.free.release()
+
+
+def _blocks(staging: HostStaging, sources: Sources) -> Sequence[Callable[[], object]]:
+    """The copy as many independent calls."""
+    from functools import partial
+
+    base, move = staging.arena.address, ctypes.memmove
+    blocks: list[Callable[[], object]] = []
+    for piece, tensor in sources:
+        if not tensor.is_contiguous():
+            blocks.append(partial(_copy_strided, staging.flat, piece, tensor))
+            continue
+        source = tensor.data_ptr()
+        for at in range(0, piece.nbytes, BLOCK):
+            blocks.append(partial(move, base + piece.start + at, source + at, min(BLOCK, piece.nbytes - at)))
+    return blocks
+
+
+def _copy_strided(flat: torch.Tensor, piece: Piece, tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        view_in(flat, piece).copy_(tensor)

@@ -4,8 +4,8 @@ It runs inside TorchServe's worker, where nothing of Reprise is installed: stand
 `tasks.package_model` puts it into the .mar beside the user's module, `model.safetensors` and `serving.json`.
 A batch costs one forward pass. A bad request is answered with 400 alone; its neighbours in the batch do not notice.
 Every answer is `postprocess(output)` plus `model` and `model_version`, with the headers `x-model-label`,
-`x-content-digest` (of the files the worker really loaded) and `x-worker` (its process id: how a drain knows that this
-worker has finished everything older).
+`x-content-digest` (of the files the worker really loaded), `x-worker` (its process id: how a drain knows that this
+worker has finished everything older) and `x-batch-size`.
 Not covered: streaming answers, stateful sequences, models larger than one device.
 """
 
@@ -93,7 +93,7 @@ class Handler:
             self.known.add(shape)
             for row_number, (index, tensor) in enumerate(members):
                 answers[index] = self.answer(outputs[row_number], tensor)
-        return [self.encode(index, status, answer, context) for index, (status, answer) in enumerate(answers)]
+        return [self.encode(index, len(data), *answer, context) for index, answer in enumerate(answers)]
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """One forward pass; outputs are back on the CPU in float32, so that answers do not depend on the device."""
@@ -115,7 +115,7 @@ class Handler:
             return (500 if finite else 400), {"error": f"{type(error).__name__}: {error}"[:500]}
         return 200, answer
 
-    def encode(self, index: int, status: int, answer: dict[str, Any], context: Any) -> bytes:
+    def encode(self, index: int, size: int, status: int, answer: dict[str, Any], context: Any) -> bytes:
         """Set status and headers of one request (ASCII only: TorchServe counts characters as bytes); its body."""
         if status != 200:
             context.set_response_status(
@@ -126,6 +126,7 @@ class Handler:
             ("x-model-label", self.about["label"]),
             ("x-content-digest", self.digest),
             ("x-worker", str(os.getpid())),
+            ("x-batch-size", str(size)),
         ):
             context.set_response_header(index, name, value)
         document = {**answer, "model": self.about["model"], "model_version": self.about["version"]}

@@ -52,7 +52,9 @@ METAFLOW += "    @step\n    def end(self):\n        pass\nif __name__ == '__main
 class Peer:
     """One way to run six steps: `first` from nothing, `warm` doing all work, `unchanged` with nothing to do."""
 
-    def __init__(self, name: str, first: Callable[[], float], warm: Callable[[], float], unchanged: Callable[[], float]):
+    def __init__(
+        self, name: str, first: Callable[[], float], warm: Callable[[], float], unchanged: Callable[[], float]
+    ):
         self.name, self.first, self.warm, self.unchanged = name, first, warm, unchanged
 
 
@@ -155,7 +157,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--port", type=int, default=21000)
-    parser.add_argument("--peers", type=Path, default=Path(".bench"), help="folder with Metaflow, as pip --target made it")
+    parser.add_argument(
+        "--peers", type=Path, default=Path(".bench"), help="folder with Metaflow, as pip --target made it"
+    )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="reprise-bench-"))
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}

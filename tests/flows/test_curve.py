@@ -29,7 +29,12 @@ def test_the_curve_has_one_point_a_step_and_one_mark_an_interruption() -> None:
 
 
 def test_a_replayed_step_counts_once_and_a_loss_that_is_no_number_is_left_out() -> None:
-    progress = [{"step": 1, "loss": 2.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf}]
+    progress = [
+        {"step": 1, "loss": 2.0},
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": math.nan},
+        {"step": 3, "loss": math.inf},
+    ]
     root = ElementTree.fromstring(curve_svg(progress, [], "t"))
     line = root.find(f"{SVG}polyline")
     assert line is not None

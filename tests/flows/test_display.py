@@ -11,13 +11,16 @@ from flows import display
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, ""), (0.04, "0.0 s"), (9.94, "9.9 s"), (59, "59 s"), (185, "3 m 05 s"), (7800, "2 h 10 m")]
+    ("value", "text"),
+    [(None, ""), (0.04, "0.0 s"), (9.94, "9.9 s"), (59, "59 s"), (185, "3 m 05 s"), (7800, "2 h 10 m")],
 )
 def test_durations(value: float | None, text: str) -> None:
     assert display.seconds(value) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")]
+)
 def test_sizes(count: float, text: str) -> None:
     assert display.size(count) == text
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from deployments.serving import TorchServe
-from deployments.torchserve_launch import TorchServePorts, stop_signal_pid, torchserve_command
+from deployments.torchserve_launch import TorchServePorts, stop_signal_pid, stop_torchserve, torchserve_command
 from tasks.deploy_model import DeployRequest
 from tasks.package_model import PackagedModel, PackageRequest, package_model
 
@@ -130,18 +128,7 @@ def torchserve(folder: Path, first_port: int, models: dict[str, str] | None = No
         server.wait_until_up(60)
         yield Serving(server=server, store=folder / "models", process=process, state=folder / "state")
     finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the JVM, then SIGKILL to whatever is left of the group."""
-    if jvm := stop_signal_pid(process.pid):
-        os.kill(jvm, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
+        stop_torchserve(process)
 
 
 class Registry(ThreadingHTTPServer):

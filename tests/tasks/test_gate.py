@@ -12,13 +12,9 @@ from tasks.gate import Decision, Gate, decide
 SHA = "ab" * 32
 
 
-def ask(
-    metrics: dict[str, Any], *, champion: dict[str, Any] | None = None, **rules: Any
-) -> Decision:
+def ask(metrics: dict[str, Any], *, champion: dict[str, Any] | None = None, **rules: Any) -> Decision:
     """A decision on held-out data 'd1'."""
-    return decide(
-        gate=Gate.read(rules), metrics=metrics, heldout_digest="d1", champion=champion
-    )
+    return decide(gate=Gate.read(rules), metrics=metrics, heldout_digest="d1", champion=champion)
 
 
 def champion(digest: str = "d1", **metrics: Any) -> dict[str, Any]:
@@ -32,13 +28,9 @@ def test_first_model_is_judged_by_the_minimum_alone() -> None:
         "accuracy 0.97 >= 0.95 (gate.minimum, the minimum)",
         "there is no champion to compare with",
     ]
-    assert ask({"accuracy": 0.95}, minimum=0.95).accepted, (
-        "the bound itself is good enough"
-    )
+    assert ask({"accuracy": 0.95}, minimum=0.95).accepted, "the bound itself is good enough"
     bad = ask({"accuracy": 0.94}, minimum=0.95)
-    assert not bad.accepted and bad.refusals == [
-        "accuracy 0.94 < 0.95 (gate.minimum, the minimum)"
-    ]
+    assert not bad.accepted and bad.refusals == ["accuracy 0.94 < 0.95 (gate.minimum, the minimum)"]
 
 
 @pytest.mark.parametrize(
@@ -55,18 +47,14 @@ def test_first_model_is_judged_by_the_minimum_alone() -> None:
 )
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
 def test_any_metric_that_is_no_finite_number_refuses(name: str, value: Any) -> None:
-    decision = ask(
-        {"accuracy": 0.99, "loss": 0.1} | {name: value}, champion=champion(accuracy=0.5)
-    )
+    decision = ask({"accuracy": 0.99, "loss": 0.1} | {name: value}, champion=champion(accuracy=0.5))
     assert not decision.accepted
     assert f"metric {name!r} is {value!r}" in decision.refusals[0]
 
 
 def test_missing_metric_lists_those_there_are() -> None:
     decision = ask({"loss": 0.1, "f1": 0.9})
-    assert decision.refusals == [
-        "metric 'accuracy' (gate.metric) was not measured; the metrics there are: f1, loss"
-    ]
+    assert decision.refusals == ["metric 'accuracy' (gate.metric) was not measured; the metrics there are: f1, loss"]
     assert "the metrics there are: none" in ask({}).refusals[0]
 
 
@@ -80,16 +68,10 @@ def test_missing_metric_lists_those_there_are() -> None:
         (0.95, 0.97, 0.01, False, "is worse by 0.02, more than the tolerance of 0.01"),
     ],
 )
-def test_no_worse_than_the_champion(
-    mine: float, theirs: float, tolerance: float, accepted: bool, words: str
-) -> None:
-    decision = ask(
-        {"accuracy": mine}, champion=champion(accuracy=theirs), tolerance=tolerance
-    )
+def test_no_worse_than_the_champion(mine: float, theirs: float, tolerance: float, accepted: bool, words: str) -> None:
+    decision = ask({"accuracy": mine}, champion=champion(accuracy=theirs), tolerance=tolerance)
     assert decision.accepted is accepted
-    assert (
-        f"against {theirs:g} of champion version 3: {words}" in decision.sentences[-1]
-    )
+    assert f"against {theirs:g} of champion version 3: {words}" in decision.sentences[-1]
     assert (decision.champion_version, decision.champion_value) == ("3", theirs)
 
 
@@ -100,9 +82,7 @@ def test_lower_is_better_turns_bound_and_champion_round() -> None:
     assert len(worse.refusals) == 1 and "worse by 0.03" in worse.refusals[0]
     over = ask({"loss": 0.6}, **rules)
     assert over.refusals == ["loss 0.6 > 0.5 (gate.minimum, the largest value allowed)"]
-    assert ask(
-        {"loss": 9.0}, metric="loss", higher_is_better=False, minimum=None
-    ).accepted
+    assert ask({"loss": 9.0}, metric="loss", higher_is_better=False, minimum=None).accepted
 
 
 def test_champion_of_other_data_cannot_be_compared() -> None:
@@ -150,10 +130,7 @@ def test_resume_certificate(change: dict[str, Any], words: str) -> None:
 
 
 def test_required_certificate_that_is_missing() -> None:
-    assert (
-        "there is no certificate"
-        in ask({"accuracy": 0.9}, require_resume_certificate=True).refusals[0]
-    )
+    assert "there is no certificate" in ask({"accuracy": 0.9}, require_resume_certificate=True).refusals[0]
     assert ask({"accuracy": 0.9}, require_resume_certificate=False).accepted
 
 

@@ -45,9 +45,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     """MLflow's own SQLite store, without a server."""
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{folder}/mlflow.db"
-    connect(uri).create_experiment(
-        "digits", artifact_location=str(folder / "artifacts")
-    )
+    connect(uri).create_experiment("digits", artifact_location=str(folder / "artifacts"))
     return uri
 
 
@@ -75,16 +73,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         str(folder / "a"),
     ]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True, cwd=folder
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     uri = f"http://127.0.0.1:{port}"
     try:
         give_up = time.monotonic() + 120
         while not _healthy(uri):
-            assert process.poll() is None and time.monotonic() < give_up, (
-                folder / "log"
-            ).read_text()
+            assert process.poll() is None and time.monotonic() < give_up, (folder / "log").read_text()
             time.sleep(0.2)
         connect(uri).create_experiment("digits")
         yield uri
@@ -153,11 +147,7 @@ def training(tmp_path: Path, uri: str, **change: Any) -> RegisterRequest:
 
 
 def versions(request: RegisterRequest) -> list[Any]:
-    return list(
-        connect(request.tracking_uri).search_model_versions(
-            f"name = '{request.pipeline}'"
-        )
-    )
+    return list(connect(request.tracking_uri).search_model_versions(f"name = '{request.pipeline}'"))
 
 
 def test_everything_a_version_must_carry(tmp_path: Path, database: str) -> None:
@@ -168,32 +158,19 @@ def test_everything_a_version_must_carry(tmp_path: Path, database: str) -> None:
     version = client.get_model_version_by_alias(request.pipeline, "candidate")
     assert version.version == "1" or version.version == 1
     tags = version.tags
-    assert (
-        tags["reprise.step_key"] == request.key and tags["reprise.gate"] == "accepted"
-    )
-    assert {
-        k.removeprefix("reprise."): v
-        for k, v in tags.items()
-        if k.removeprefix("reprise.") in LINEAGE
-    } == LINEAGE
+    assert tags["reprise.step_key"] == request.key and tags["reprise.gate"] == "accepted"
+    assert {k.removeprefix("reprise."): v for k, v in tags.items() if k.removeprefix("reprise.") in LINEAGE} == LINEAGE
     assert tags["reprise.weights_sha256"] == request.weights_sha256
     assert json.loads(tags["reprise.decision"]) == model.decision
-    assert (
-        "accuracy 0.97 >= 0.95" in version.description
-        and LINEAGE["git_sha"] in version.description
-    )
-    assert "champion" not in client.get_registered_model(request.pipeline).aliases, (
-        "only a deployment moves it"
-    )
+    assert "accuracy 0.97 >= 0.95" in version.description and LINEAGE["git_sha"] in version.description
+    assert "champion" not in client.get_registered_model(request.pipeline).aliases, "only a deployment moves it"
     run = client.get_run(request.run_id)
     assert run.data.params == {"learning_rate": "0.01", "width": "64"}
     assert run.data.metrics == {"heldout.accuracy": 0.97, "heldout.loss": 0.1}
     assert run.data.tags["reprise.git_sha"] == LINEAGE["git_sha"]
 
 
-def test_folder_has_no_pickle_and_a_batch_of_examples(
-    tmp_path: Path, database: str
-) -> None:
+def test_folder_has_no_pickle_and_a_batch_of_examples(tmp_path: Path, database: str) -> None:
     request = training(tmp_path, database)
     source = Path(register_model(request).source)
     assert {p.name for p in source.iterdir()} == {
@@ -210,12 +187,8 @@ def test_folder_has_no_pickle_and_a_batch_of_examples(
 
     model = Model.load(str(source))
     assert set(model.flavors) == {"reprise"}
-    assert (
-        model.flavors["reprise"]["files"]["model.safetensors"] == request.weights_sha256
-    )
-    assert [(c.name, str(c.type)) for c in model.signature.inputs] == [
-        ("body", "DataType.binary")
-    ]
+    assert model.flavors["reprise"]["files"]["model.safetensors"] == request.weights_sha256
+    assert [(c.name, str(c.type)) for c in model.signature.inputs] == [("body", "DataType.binary")]
     assert [(c.name, str(c.type)) for c in model.signature.outputs] == [
         ("label", "DataType.long"),
         ("scores", "Array(double)"),
@@ -228,9 +201,7 @@ def test_folder_has_no_pickle_and_a_batch_of_examples(
     assert sha256(source / "model.safetensors") == request.weights_sha256
 
 
-def test_again_is_the_same_version_and_uploads_nothing(
-    tmp_path: Path, database: str
-) -> None:
+def test_again_is_the_same_version_and_uploads_nothing(tmp_path: Path, database: str) -> None:
     request = training(tmp_path, database)
     first = register_model(request)
     stamp = {p: p.stat().st_mtime_ns for p in Path(first.source).iterdir()}
@@ -242,9 +213,7 @@ def test_again_is_the_same_version_and_uploads_nothing(
     assert len(history) == 1
 
 
-def test_other_rules_judge_the_same_version_again(
-    tmp_path: Path, database: str
-) -> None:
+def test_other_rules_judge_the_same_version_again(tmp_path: Path, database: str) -> None:
     strict = training(tmp_path, database, gate={"minimum": 0.99})
     with pytest.raises(GateRefused):
         register_model(strict)
@@ -252,21 +221,13 @@ def test_other_rules_judge_the_same_version_again(
     model = register_model(milder)
     assert (model.version, model.created, len(versions(strict))) == ("1", False, 1)
     (version,) = versions(strict)
-    assert (
-        version.tags["reprise.gate"] == "accepted"
-        and version.tags["reprise.step_key"] == "f" * 40
-    )
+    assert version.tags["reprise.gate"] == "accepted" and version.tags["reprise.step_key"] == "f" * 40
     with pytest.raises(GateRefused):
         register_model(replace(strict, key="e" * 40))
-    assert (
-        "candidate"
-        not in connect(database).get_registered_model(strict.pipeline).aliases
-    )
+    assert "candidate" not in connect(database).get_registered_model(strict.pipeline).aliases
 
 
-def test_refused_is_recorded_without_alias_and_stays_refused(
-    tmp_path: Path, database: str
-) -> None:
+def test_refused_is_recorded_without_alias_and_stays_refused(tmp_path: Path, database: str) -> None:
     champion = {"version": "7", "metrics": {"accuracy": 0.99}, "heldout_digest": "d1"}
     request = training(tmp_path, database, champion=champion)
     told = []
@@ -280,26 +241,19 @@ def test_refused_is_recorded_without_alias_and_stays_refused(
         assert no.value.exit_code == 4
     assert told[0] == told[1]
     (version,) = versions(request)
-    assert (
-        version.tags["reprise.gate"] == "refused"
-        and "**Refused**" in version.description
-    )
+    assert version.tags["reprise.gate"] == "refused" and "**Refused**" in version.description
     assert json.loads(version.tags["reprise.decision"])["champion_value"] == 0.99
     assert connect(database).get_registered_model(request.pipeline).aliases == {}
 
 
 def test_nan_is_refused_by_name(tmp_path: Path, database: str) -> None:
-    request = training(
-        tmp_path, database, metrics={"accuracy": 0.99, "loss": float("nan")}
-    )
+    request = training(tmp_path, database, metrics={"accuracy": 0.99, "loss": float("nan")})
     with pytest.raises(GateRefused, match="metric 'loss' is nan"):
         register_model(request)
     assert "heldout.loss" not in connect(database).get_run(request.run_id).data.metrics
 
 
-def test_missing_metric_is_refused_with_those_there_are(
-    tmp_path: Path, database: str
-) -> None:
+def test_missing_metric_is_refused_with_those_there_are(tmp_path: Path, database: str) -> None:
     with pytest.raises(GateRefused, match="the metrics there are: accuracy, loss"):
         register_model(training(tmp_path, database, gate={"metric": "f1"}))
 
@@ -322,9 +276,7 @@ def test_certificate(tmp_path: Path, database: str) -> None:
     request = training(tmp_path, database, gate=rules, certificate=str(proof))
     proof.write_text(json.dumps(good | {"weights_sha256": request.weights_sha256}))
     model = register_model(request)
-    assert (
-        Path(model.source, "resume_certificate.json").read_bytes() == proof.read_bytes()
-    )
+    assert Path(model.source, "resume_certificate.json").read_bytes() == proof.read_bytes()
     proof.write_text("not json")
     with pytest.raises(GiveUp, match="cannot be read"):
         register_model(request)
@@ -381,14 +333,10 @@ def test_heldout_rows_that_cannot_be_used(tmp_path: Path, database: str) -> None
         register_model(request)
 
 
-def test_server_away_is_try_again(
-    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_away_is_try_again(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port = next(p for p in PORTS if _free(p))
-    request = replace(
-        training(tmp_path, database), tracking_uri=f"http://127.0.0.1:{port}"
-    )
+    request = replace(training(tmp_path, database), tracking_uri=f"http://127.0.0.1:{port}")
     with pytest.raises(
         TryAgain,
         match=f"MLflow at http://127.0.0.1:{port} did not answer while registering",
@@ -421,22 +369,16 @@ print(register_model(RegisterRequest(**json.load(open(sys.argv[1])))).version)
 """
 
 
-def in_process(
-    request: RegisterRequest, tmp_path: Path, where: str = "never"
-) -> subprocess.CompletedProcess[str]:
+def in_process(request: RegisterRequest, tmp_path: Path, where: str = "never") -> subprocess.CompletedProcess[str]:
     path = tmp_path / f"{request.key}.json"
     path.write_text(json.dumps(asdict(request)))
     command = [sys.executable, "-c", KILLED, str(path), where]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("where", ["upload", "before", "after"])
-def test_kill_then_again_is_one_version(
-    tmp_path: Path, server: str, where: str
-) -> None:
+def test_kill_then_again_is_one_version(tmp_path: Path, server: str, where: str) -> None:
     request = training(tmp_path, server)
     killed = in_process(request, tmp_path, where)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -452,6 +394,58 @@ def test_kill_then_again_is_one_version(
     assert model.model_url == f"{server}/#/models/{request.pipeline}/versions/1"
 
 
+def register_in_child(request: RegisterRequest, kill_at: int, when: str) -> int:
+    """Register in a fork that kills itself before or after its n-th request to MLflow; returns the wait status."""
+    child = os.fork()
+    if child == 0:
+        import requests
+
+        sent = 0
+        real = requests.Session.send
+
+        def send(self: requests.Session, *args: Any, **kwargs: Any) -> Any:
+            nonlocal sent
+            sent += 1
+            if sent == kill_at and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            answer = real(self, *args, **kwargs)
+            if sent == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answer
+
+        requests.Session.send = send  # type: ignore[method-assign]
+        try:
+            register_model(request)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_kill_at_every_request_to_mlflow_is_one_version(tmp_path: Path, server: str, when: str) -> None:
+    """Killed at its first request, again at its second, and so on until it comes through: still one version, whole."""
+    kills = 0
+    for number in range(1, 200):
+        request = training(tmp_path, server)
+        status = register_in_child(request, number, when)
+        if status == 0:
+            break
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        kills += 1
+        assert len(versions(request)) <= 1
+        register_model(request)
+        assert len(versions(request)) == 1
+        client = connect(server)
+        assert client.get_registered_model(request.pipeline).aliases == {"candidate": "1"}
+        assert {a.path for a in client.list_artifacts(request.run_id, "model")} >= {
+            "model/MLmodel",
+            "model/params.json",
+        }
+    assert kills > 12, "lookup, run, eight files, batches, model, version, alias"
+
+
 @pytest.mark.e2e
 def test_eight_at_once_are_one_version(tmp_path: Path, server: str) -> None:
     request = training(tmp_path, server)
@@ -463,12 +457,8 @@ def test_eight_at_once_are_one_version(tmp_path: Path, server: str) -> None:
 
 
 @pytest.mark.e2e
-def test_different_trainings_at_once_are_a_version_each(
-    tmp_path: Path, server: str
-) -> None:
-    requests = [
-        replace(training(tmp_path, server), pipeline="shared") for _ in range(4)
-    ]
+def test_different_trainings_at_once_are_a_version_each(tmp_path: Path, server: str) -> None:
+    requests = [replace(training(tmp_path, server), pipeline="shared") for _ in range(4)]
     with ThreadPoolExecutor(8) as pool:
         done = list(pool.map(lambda r: in_process(r, tmp_path), requests * 2))
     assert [d.returncode for d in done] == [0] * 8, done[0].stderr
@@ -477,9 +467,7 @@ def test_different_trainings_at_once_are_a_version_each(
 
 
 @pytest.mark.e2e
-def test_server_killed_in_the_middle_is_try_again(
-    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_killed_in_the_middle_is_try_again(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reply to the creation is lost: the step says try again, and the next try finds the version."""
     from mlflow import MlflowClient
     from requests.exceptions import ConnectionError as Lost

@@ -48,7 +48,13 @@ class Script:
             Path(spec["output"], "result.json").write_text(json.dumps(result))
         notice = now + 3.0 if code == 143 else None
         return Outcome(
-            name=workload.name, exit_code=code, cause=cause, reason=f"ended by {cause}", started=now, ended=now + 4, notice=notice
+            name=workload.name,
+            exit_code=code,
+            cause=cause,
+            reason=f"ended by {cause}",
+            started=now,
+            ended=now + 4,
+            notice=notice,
         )
 
     def stop(self, name: str, *, grace_seconds: float | None = None) -> None:
@@ -123,7 +129,9 @@ def test_a_cancel_leaves_a_checkpoint_to_resume_from(request_: TrainRequest, tmp
     assert trained.attempts == 2
 
 
-def test_an_attempt_left_open_by_a_killed_flow_is_asked_for_under_its_own_name(request_: TrainRequest, tmp_path: Path) -> None:
+def test_an_attempt_left_open_by_a_killed_flow_is_asked_for_under_its_own_name(
+    request_: TrainRequest, tmp_path: Path
+) -> None:
     store = Store(root=str(tmp_path / "store"))
     store.write_attempts("k" * 40, [Attempt(number=1, started=time.time())])
     script = Script([("complete", 0, 40, 40)])

@@ -86,6 +86,12 @@ def files(tmp_path: Path) -> dict[str, str]:
     return {"progress": str(progress), "heldout": str(heldout)}
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow's own SQLite store, without a server."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
 EVALUATION = {
     "candidate": {"accuracy": 0.97777, "loss": 0.081, "samples": 360},
     "champion": {"accuracy": 0.969, "loss": 0.1, "samples": 360},
@@ -202,12 +208,13 @@ def test_server_away_leaves_the_file_and_says_so(
     assert Path(report.html).exists()
 
 
-def test_page_is_put_beside_the_mlflow_run(document: dict[str, Any], tmp_path: Path) -> None:
+def test_page_is_put_beside_the_mlflow_run(document: dict[str, Any], tmp_path: Path, database: str) -> None:
     from tasks.mlflow_server import connect
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = database
     client = connect(uri)
-    run = client.create_run(client.create_experiment("digits", artifact_location=str(tmp_path / "artifacts")))
+    experiment = client.create_experiment(tmp_path.name, artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment)
     request = ReportRequest(
         document=document, html=str(tmp_path / "digits-1.html"), tracking_uri=uri, run_id=run.info.run_id
     )
@@ -216,6 +223,34 @@ def test_page_is_put_beside_the_mlflow_run(document: dict[str, Any], tmp_path: P
     assert [a.path for a in client.list_artifacts(run.info.run_id, "report")] == ["report/report.html"]
     stored = client.download_artifacts(run.info.run_id, "report/report.html", str(tmp_path))
     assert Path(stored).read_bytes() == Path(report.html).read_bytes()
+
+
+def test_refused_run_shows_the_numbers_that_the_registry_keeps(
+    document: dict[str, Any], tmp_path: Path, database: str
+) -> None:
+    from tasks.mlflow_server import connect
+
+    uri = database
+    client = connect(uri)
+    experiment = client.create_experiment(tmp_path.name, artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment)
+    document |= {"status": "refused", "message": "digits version 9 may not serve: accuracy 0.9 < 0.95"}
+    for name in ("gate", "model_version", "endpoint", "mar_sha256"):
+        del document[name]
+    request = ReportRequest(document=document, html=str(tmp_path / "r.html"), tracking_uri=uri, run_id=run.info.run_id)
+    write_report(request)
+    assert "refused by the gate: digits version 9 may not serve" in Path(request.html).read_text()
+    sentence = "accuracy 0.9 < 0.95 (gate.minimum, the minimum)"
+    decision = {"metric": "accuracy", "value": 0.9, "minimum": 0.95, "sentences": [sentence], "refusals": [sentence]}
+    client.create_registered_model("digits")
+    source = f"{run.info.artifact_uri}/model"
+    client.create_model_version(
+        "digits", source, run.info.run_id, tags={"reprise.decision": json.dumps(decision)}, await_creation_for=0
+    )
+    write_report(request)
+    said = Page(Path(request.html).read_text()).text
+    assert said.count(sentence) == 2, "in the headline and among the rules"
+    assert "not in service" in said and "in every answer" not in said
 
 
 @pytest.mark.parametrize(
