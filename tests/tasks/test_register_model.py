@@ -319,7 +319,7 @@ def test_wrong_requests(
 
 def test_two_files_of_one_name(tmp_path: Path, database: str) -> None:
     request = training(tmp_path, database)
-    with pytest.raises(ConfigError, match="would both be 'digits.py'"):
+    with pytest.raises(ConfigError, match=r"would both be 'digits\.py'"):
         register_model(replace(request, files=[request.module]))
 
 
