@@ -142,7 +142,7 @@ def write_folder(
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in sources.items():
-        shutil.copyfile(path, folder / name)
+        _place(path, folder / name)
     (folder / "params.json").write_text(json.dumps(dict(params), indent=1, sort_keys=True) + "\n")
     digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
 
@@ -167,6 +167,14 @@ def write_folder(
         _save_example(model, pandas.DataFrame({"body": bodies}), str(folder))
     model.save(str(folder / "MLmodel"))
     return digests
+
+
+def _place(source: Path, target: Path) -> None:
+    """The file under another name: a link where that is possible, for weights may be large, otherwise a copy."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def digests_of(mlmodel: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,7 +130,7 @@ def find_version(client: MlflowClient, request: RegisterRequest) -> ModelVersion
 
 
 def upload(client: MlflowClient, run: Run, request: RegisterRequest) -> str:
-    """Put the model's folder beside the run, once; returns its artifact URI."""
+    """Put the model's folder beside the run, once; returns its artifact URI. Only under the lock."""
     from tasks.model_folder import collect, write_folder
 
     sources = collect(
@@ -140,18 +141,16 @@ def upload(client: MlflowClient, run: Run, request: RegisterRequest) -> str:
         heldout=Path(request.heldout),
         certificate=Path(request.certificate) if request.certificate else None,
     )
-    with tempfile.TemporaryDirectory(prefix="reprise-model-") as scratch:
-        folder = Path(scratch) / FOLDER
-        digests = write_folder(
-            folder,
-            sources,
-            module=Path(request.module).name,
-            params=request.params,
-            run_id=request.run_id,
-        )
-        if not _is_whole(client, request.run_id, digests):
-            for path in sorted(folder.iterdir(), key=lambda p: (p.name == "MLmodel", p.name)):
-                client.log_artifact(request.run_id, str(path), FOLDER)
+    # In the store and of a fixed name: what a kill leaves there, gigabytes perhaps, goes with the next try.
+    folder = Store(root=request.lock_folder).path / "scratch" / f"register-{request.pipeline}" / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    digests = write_folder(
+        folder, sources, module=Path(request.module).name, params=request.params, run_id=request.run_id
+    )
+    if not _is_whole(client, request.run_id, digests):
+        for path in sorted(folder.iterdir(), key=lambda p: (p.name == "MLmodel", p.name)):
+            client.log_artifact(request.run_id, str(path), FOLDER)
+    shutil.rmtree(folder)
     return f"{run.info.artifact_uri.rstrip('/')}/{FOLDER}"
 
 

@@ -199,6 +199,7 @@ def test_folder_has_no_pickle_and_a_batch_of_examples(tmp_path: Path, database: 
         bytes([1] * 8),
     ]
     assert sha256(source / "model.safetensors") == request.weights_sha256
+    assert not list((tmp_path / "store" / "scratch").rglob("*.safetensors")), "nothing is left behind"
 
 
 def test_again_is_the_same_version_and_uploads_nothing(tmp_path: Path, database: str) -> None:
@@ -391,6 +392,7 @@ def test_kill_then_again_is_one_version(tmp_path: Path, server: str, where: str)
     got = Path(client.download_artifacts(request.run_id, "model", str(tmp_path)))
     assert sha256(got / "model.safetensors") == request.weights_sha256
     assert model.source.startswith("mlflow-artifacts:/")
+    assert not list((tmp_path / "store" / "scratch").rglob("*.safetensors"))
     assert model.model_url == f"{server}/#/models/{request.pipeline}/versions/1"
 
 
