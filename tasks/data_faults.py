@@ -49,6 +49,9 @@ def translated(error: Exception, remote: Remote, path: str) -> Exception:
     where = f"remote {remote.name!r} at {remote.url}"
     if "LockError" in words:
         return TryAgain(f"{path}: a lock of DVC is held: {error}; wait for the other DVC to end")
+    own = next((e for e in chain if isinstance(e, PermissionError) and e.filename), None)
+    if own is not None and not str(own.filename).startswith(remote.url):
+        return PreflightError(f"{own.filename}: permission denied; give this process the right to read and write it")
     if any(word in words for word in _DENIED):
         return PreflightError(f"{where}: access denied: {error}; give this process the remote's credentials")
     if any(word in words for word in _AWAY) or any(isinstance(e, ConnectionError | TimeoutError) for e in chain):

@@ -209,16 +209,23 @@ def test_remote_that_is_away(root: Path) -> None:
         pull_data(request)
 
 
-def test_remote_that_refuses_connections(root: Path) -> None:
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("x", "Unreachable: remote 'store' at s3://bucket/x: cannot be reached"),
+        ("", "PreflightError: remote 'store' at s3://bucket/x: access denied: Unable to locate credentials"),
+    ],
+)
+def test_remote_without_answer_or_without_credentials(root: Path, keys: str, expected: str, tmp_path: Path) -> None:
     config = root / ".dvc" / "config"
     config.write_text(
         config.read_text().replace("../.remote", "s3://bucket/x") + "    endpointurl = http://127.0.0.1:9\n"
     )
-    request = request_for(root, sha=commit(root))
-    environment = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_MAX_ATTEMPTS": "1"}
-    code, said = in_process(request, environment=environment)
+    environment = {"AWS_ACCESS_KEY_ID": keys, "AWS_SECRET_ACCESS_KEY": keys, "AWS_MAX_ATTEMPTS": "1"}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    code, said = in_process(request_for(root, sha=commit(root)), environment=environment)
     assert code == 1
-    assert "Unreachable: remote 'store' at s3://bucket/x: cannot be reached" in said, said
+    assert expected in said, said
 
 
 def test_remote_that_does_not_verify(root: Path) -> None:
