@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, field_validator
 
 from deployments.errors import ConfigError
 from flows.place_settings import PlaceSettings as PlaceSettings
@@ -31,7 +32,7 @@ from flows.setting_types import (
     Section,
     as_tuple,
 )
-from flows.settings_errors import check, read_file, read_toml
+from flows.settings_errors import SettingsText, check, read_file, read_toml
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
@@ -203,10 +204,22 @@ class PipelineSettings(Section):
     check: CheckSettings
     file: Path  # where pipeline.toml is, or would be when its text came from a revision
 
+    _text: SettingsText | None = PrivateAttr(default=None)
+
     @property
     def folder(self) -> Path:
         """The project folder: all paths of the file are relative to it."""
         return self.file.parent
+
+    @contextmanager
+    def blaming(self, section: str, key: str) -> Iterator[None]:
+        """Lead a ConfigError from inside back to the key that caused it: its file, line and value come before it."""
+        try:
+            yield
+        except ConfigError as error:
+            if self._text is None:
+                raise
+            raise type(error)(self._text.say((section, key), str(error))[1]) from None
 
 
 def slug(name: str) -> str:
@@ -230,7 +243,9 @@ def load_pipeline(
     read = read_toml(text, source_name or str(place), overrides, example='[pipeline]\nname = "digits"')
     checked = check(_PipelineFile, read)
     sections = {name: getattr(checked, name) for name in ("data", "model", "train", "gate", "serve", "check")}
-    return PipelineSettings(name=checked.pipeline.name, file=place.absolute(), **sections)
+    settings = PipelineSettings(name=checked.pipeline.name, file=place.absolute(), **sections)
+    settings._text = read
+    return settings
 
 
 def find_pipeline(start: Path) -> Path:

@@ -51,10 +51,11 @@ _EXPECTED = {
 class SettingsText:
     """A parsed settings file with what is needed to tell where a mistake stands."""
 
-    name: str
-    raw: dict[str, Any]  # as written, overrides included
-    lines: dict[KeyPath, int]
-    overrides: dict[KeyPath, str] = field(default_factory=dict)  # path -> "train.epochs=3"
+    # Not compared: settings that say the same are the same, wherever they were written.
+    name: str = field(compare=False)
+    raw: dict[str, Any] = field(compare=False)  # as written, overrides included
+    lines: dict[KeyPath, int] = field(compare=False)
+    overrides: dict[KeyPath, str] = field(default_factory=dict, compare=False)  # path -> "train.epochs=3"
 
     def say(self, path: KeyPath, expected: str) -> Problem:
         """One mistake: its line, and the message with place, key and the value as it stands in the file."""

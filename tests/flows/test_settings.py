@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, PreflightError
 from flows.settings import find_pipeline, load_pipeline, slug
 
 GOOD = """\
@@ -305,3 +305,20 @@ def test_import_stays_cheap() -> None:
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "pydantic" in loaded
     assert not {"prefect", "torch", "dvc", "mlflow", "yaml", "numpy", "pydantic_settings"} & set(loaded)
+
+
+def test_later_errors_lead_back_to_their_key() -> None:
+    settings = load_pipeline(GOOD, source_name="p.toml@3f2a9c1", overrides=["model.module=other.py"])
+    with pytest.raises(PreflightError, match=r"^no remote$"), settings.blaming("data", "path"):
+        raise PreflightError("no remote")
+    with pytest.raises(ConfigError) as caught, settings.blaming("data", "path"):
+        raise ConfigError("DVC does not track it")
+    assert str(caught.value) == 'p.toml@3f2a9c1:5: [data] path = "data/digits": DVC does not track it'
+    with pytest.raises(ConfigError, match=r'^--set model.module = "other.py": no such file'):
+        with settings.blaming("model", "module"):
+            raise ConfigError("no such file")
+    with (
+        pytest.raises(ConfigError, match=r"^p.toml@3f2a9c1:4: \[data\] train: empty"),
+        settings.blaming("data", "train"),
+    ):
+        raise ConfigError("empty")
