@@ -123,9 +123,9 @@ def trace(uri: str, model: str, what: str = "champion", *, store: Store | None =
         code_digest=tags.get("code_digest", ""),
         git_sha=tags.get("git_sha", ""),
         metrics={
-            str(m["key"]).removeprefix("heldout."): float(m["value"])
+            str(m["key"]).removeprefix("heldout_"): float(m["value"])
             for m in data.get("metrics", [])
-            if str(m["key"]).startswith("heldout.")
+            if str(m["key"]).startswith("heldout_")
         },
         run_url=f"{base}/#/experiments/{info['experiment_id']}/runs/{run_id}" if info else "",
         model_url=f"{base}/#/models/{model}/versions/{version}",

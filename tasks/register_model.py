@@ -167,11 +167,11 @@ def _is_whole(client: MlflowClient, run_id: str, digests: dict[str, str]) -> boo
 
 
 def log_once(client: MlflowClient, run: Run, request: RegisterRequest) -> None:
-    """Params, held-out metrics and lineage on the training's run. What the trainer wrote there stands."""
+    """Params, held-out metrics (under the trainer's names) and lineage on its run; what it wrote there stands."""
     from mlflow.entities import Metric, Param, RunTag
 
     now = int(run.info.start_time or 0)
-    values = {f"heldout.{name}": value for name, value in request.metrics.items()}
+    values = {f"heldout_{name}": value for name, value in request.metrics.items()}
     metrics = [Metric(k, float(v), now, 0) for k, v in values.items() if is_finite(v) and k not in run.data.metrics]
     params = [Param(k, str(v)) for k, v in request.params.items() if k not in run.data.params]
     tags = [RunTag(f"reprise.{k}", str(v)) for k, v in request.lineage.items()]

@@ -21,8 +21,9 @@ COLOURS = {
     "#0a0b03": "--accent",
     "#0a0b04": "--interruption",
     "#0a0b05": "--card",
+    "#0a0b06": "--bad",
 }
-MUTED, GRID, ACCENT, MARK, CARD = COLOURS
+MUTED, GRID, ACCENT, CUT, CARD, BAD = COLOURS
 POINTS = 1500  # drawn per attempt; a page needs no more than its pixels
 
 
@@ -37,10 +38,11 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """An interruption at a step, with the number it has in the page's list."""
+    """The end of an attempt before the training's, with the number it has in the page's list."""
 
     step: int
     number: int
+    error: bool = False  # not an interruption
 
 
 def pieces_of(progress: Sequence[dict[str, Any]], attempts: Sequence[dict[str, Any]]) -> list[Piece]:
@@ -66,6 +68,7 @@ def _has_loss(entry: dict[str, Any]) -> bool:
 
 
 def _piece(points: list[tuple[float, int, float]], kept: float) -> Piece:
+    points = sorted({step: (when, step, loss) for when, step, loss in reversed(points)}.values(), key=lambda p: p[1])
     stride = max(1, len(points) // POINTS)
     some = points[::stride]
     if some[-1] != points[-1]:
@@ -99,19 +102,25 @@ def loss_curve(pieces: Sequence[Piece], marks: Sequence[Mark], *, width: float, 
 
 
 def _draw(axes: Any, pieces: Sequence[Piece], *, narrow: bool) -> None:
-    many = sum(len(p.steps) for p in pieces) > 250
+    count = sum(len(p.steps) for p in pieces)
+    dots = {"marker": "o", "markersize": 3.5} if count < 60 else {}
+    before: list[tuple[int, float]] = []  # what earlier attempts kept: each goes on where the checkpoint was
     for piece in pieces:
-        kept = [(s, v) for s, v in zip(piece.steps, piece.losses, strict=True) if s <= piece.kept]
-        lost = [(s, v) for s, v in zip(piece.steps, piece.losses, strict=True) if s > piece.kept]
-        if kept and many:  # single batches jump: show them faintly and their running mean on top
-            axes.plot(*zip(*kept, strict=True), color=ACCENT, linewidth=0.8, alpha=0.3)
-            axes.plot([s for s, _ in kept], _smooth([v for _, v in kept]), color=ACCENT, linewidth=1.8)
-        elif kept:
-            axes.plot(*zip(*kept, strict=True), color=ACCENT, linewidth=1.8, solid_joinstyle="round")
+        points = list(zip(piece.steps, piece.losses, strict=True))
+        start = [p for p in before if p[0] < points[0][0]][-1:]
+        kept = [p for p in points if p[0] <= piece.kept]
+        lost = [p for p in points if p[0] > piece.kept]
+        if kept:
+            line = start + kept
+            if count > 250:  # single batches jump: show them faintly and their running mean on top
+                axes.plot(*zip(*line, strict=True), color=ACCENT, linewidth=0.8, alpha=0.3)
+                line = list(zip([p[0] for p in line], _smooth([p[1] for p in line]), strict=True))
+            axes.plot(*zip(*line, strict=True), color=ACCENT, linewidth=1.8, solid_joinstyle="round", **dots)
         if lost:
-            again = ([kept[-1]] if kept else []) + lost
-            axes.axvspan(again[0][0], again[-1][0], color=MARK, alpha=0.16, linewidth=0)
-            axes.plot(*zip(*again, strict=True), color=MARK, linewidth=1.5, linestyle=(0, (3, 2)))
+            again = (kept[-1:] or start) + lost
+            axes.axvspan(max(piece.kept, again[0][0]), again[-1][0], color=CUT, alpha=0.16, linewidth=0)
+            axes.plot(*zip(*again, strict=True), color=CUT, linewidth=1.5, linestyle=(0, (3, 2)), **dots)
+        before = sorted(before + kept)
     losses = [v for piece in pieces for v in piece.losses]
     if losses and min(losses) > 0 and max(losses) / min(losses) > 100:
         axes.set_yscale("log")
@@ -152,7 +161,8 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], steps: Sequence[int], width: f
     for mark in sorted(marks, key=lambda m: m.step):
         row = (row + 1) % 2 if mark.step - before < apart else 0
         before = mark.step
-        axes.axvline(mark.step, color=MARK, linewidth=1.2)
+        colour = BAD if mark.error else CUT
+        axes.axvline(mark.step, color=colour, linewidth=1.2)
         axes.annotate(
             str(mark.number),
             (mark.step, 1),
@@ -165,7 +175,7 @@ def _draw_marks(axes: Any, marks: Sequence[Mark], steps: Sequence[int], width: f
             fontsize=8,
             fontweight="bold",
             annotation_clip=False,
-            bbox={"boxstyle": "circle,pad=0.25", "facecolor": MARK, "edgecolor": "none"},
+            bbox={"boxstyle": "circle,pad=0.25", "facecolor": colour, "edgecolor": "none"},
         )
 
 

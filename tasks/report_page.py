@@ -107,12 +107,14 @@ def summary(document: Mapping[str, Any]) -> str:
         return f"{STATUS[status][0].capitalize()}{where}{': ' + message if message else ''}."
     parts = []
     trained: Mapping[str, Any] = next((s for s in document.get("steps", []) if s["name"] == "train_model"), {})
-    cut = interruptions(attempts)
+    cut, early = interruptions(attempts), [a for a in attempts if a.get("cause") not in ("complete", "", None)]
     if trained.get("reused"):
         parts.append("Training reused")
-    elif cut:
-        parts.append(f"Trained through {count(len(cut), 'interruption')}")
-        parts.append(f"{count(sum(steps_lost(a) for a in cut), 'step')} lost")
+    elif early:
+        errors = len(early) - len(cut)
+        through = [count(n, word) for n, word in ((len(cut), "interruption"), (errors, "error")) if n]
+        parts.append(f"Trained through {' and '.join(through)}")
+        parts.append(f"{count(sum(steps_lost(a) for a in attempts), 'step')} lost")
     else:
         parts.append("Trained without an interruption" if attempts else "Started")
     gate, version = document.get("gate") or {}, document.get("model_version")
@@ -187,7 +189,7 @@ def tiles(document: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[di
 
 
 def timeline(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows with bars in percent of the run: {"rows", "ticks", "cut"}. `cut`: an interruption is shown."""
+    """Rows with bars in percent of the run: {"rows", "ticks", "cut", "bad"}: the last two name colours."""
     steps, attempts = document.get("steps", []), document.get("attempts", [])
     done = [s for s in steps if s.get("started")]
     if not done:
@@ -237,6 +239,7 @@ def timeline(document: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "ticks": _ticks(span) if done else [],
         "cut": "cut" in kinds,
+        "bad": "bad" in kinds,
     }
 
 
@@ -275,18 +278,19 @@ def _tick(seconds: float) -> str:
 
 
 def attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The ledger for people. `mark` is the number that the curve shows; 0 for an attempt that nothing cut."""
+    """The ledger for people. `mark` is the number that the curve shows where an attempt ended early, else 0."""
     rows: list[dict[str, Any]] = []
     mark = 0
     for attempt in attempts:
         cause = str(attempt.get("cause", ""))
         cut = cause in INTERRUPTIONS
-        mark += cut
+        ended_early = cause not in ("complete", "")
+        mark += ended_early
         began, ended, saved = attempt.get("started"), attempt.get("ended"), attempt.get("notice_to_saved")
         rows.append(
             {
                 "number": attempt.get("number", len(rows) + 1),
-                "mark": mark if cut else 0,
+                "mark": mark if ended_early else 0,
                 "cause": CAUSES.get(cause, cause),
                 "kind": "cut" if cut else "good" if cause == "complete" else "warn" if cause == "" else "bad",
                 "reason": attempt.get("reason", ""),

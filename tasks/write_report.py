@@ -81,6 +81,20 @@ def with_decision(request: ReportRequest) -> dict[str, Any]:
     return {**document, "gate": json.loads(version.tags["reprise.decision"]), "model_version": str(version.version)}
 
 
+def loss_history(request: ReportRequest) -> list[dict[str, Any]]:
+    """The loss of every step as MLflow has it: the trainer's own lines are one per half second. None if it is away."""
+    if not (request.tracking_uri and request.run_id):
+        return []
+    from tasks.mlflow_server import connect, told
+
+    try:
+        with told(request.tracking_uri, "reading the loss"):
+            history = connect(request.tracking_uri).get_metric_history(request.run_id, "train_loss")
+    except StepError:  # the lines in the file are enough for a curve
+        return []
+    return [{"step": m.step, "loss": m.value, "time": m.timestamp / 1000} for m in history]
+
+
 def publish(file: Path, tracking_uri: str, run_id: str) -> str:
     """Put the page beside the MLflow run as report/report.html; returns the address that shows it."""
     from tasks.mlflow_server import connect, run_url, told
@@ -108,8 +122,8 @@ def render(request: ReportRequest) -> str:
     attempts = document.get("attempts", [])
     gate = document.get("gate") or {}
     rows = page.attempt_rows(attempts)
-    pieces = pieces_of(read_lines(request.progress), attempts)
-    marks = [Mark(step=r["step"], number=r["mark"]) for r in rows if r["mark"]]
+    pieces = pieces_of(read_lines(request.progress) + loss_history(request), attempts)
+    marks = [Mark(step=r["step"], number=r["mark"], error=r["kind"] == "bad") for r in rows if r["mark"]]
     label = f"training loss by step, with {page.count(len(marks), 'interruption')}"
     curves = [
         Markup(loss_curve(pieces, marks, width=w, height=h, label=label))  # made here, of numbers
@@ -150,6 +164,8 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [("run", document["run"]), ("started", page.moment(document.get("started")))]
     if document.get("cause"):
         found.append(("cause", str(document["cause"])))
+    if document.get("resumed"):
+        found.append(("resumed", page.count(int(document["resumed"]), "time")))
     if document.get("place"):
         found.append(("place", str(document["place"])))
     if document.get("git_sha"):

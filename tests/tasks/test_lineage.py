@@ -105,7 +105,7 @@ def registry() -> Iterator[tuple[str, type[Registry]]]:
     handler = type("Scripted", (Registry,), {"versions": {}, "runs": {}, "failing": 0, "asked": []})
     handler.versions["digits", "3"] = row("digits", 3, TAGS, ("candidate", "champion"))
     tags = [{"key": "reprise.git_sha", "value": "c" * 40}, {"key": "reprise.ledger", "value": "1: spot, steps 0-40"}]
-    metrics = [{"key": "heldout.accuracy", "value": 0.97}, {"key": "loss", "value": 1.0}]
+    metrics = [{"key": "heldout_accuracy", "value": 0.97}, {"key": "loss", "value": 1.0}]
     handler.runs["f" * 32] = {"info": {"experiment_id": "7"}, "data": {"tags": tags, "metrics": metrics}}
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

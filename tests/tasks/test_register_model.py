@@ -166,7 +166,7 @@ def test_everything_a_version_must_carry(tmp_path: Path, database: str) -> None:
     assert "champion" not in client.get_registered_model(request.pipeline).aliases, "only a deployment moves it"
     run = client.get_run(request.run_id)
     assert run.data.params == {"learning_rate": "0.01", "width": "64"}
-    assert run.data.metrics == {"heldout.accuracy": 0.97, "heldout.loss": 0.1}
+    assert run.data.metrics == {"heldout_accuracy": 0.97, "heldout_loss": 0.1}
     assert run.data.tags["reprise.git_sha"] == LINEAGE["git_sha"]
 
 
@@ -210,7 +210,7 @@ def test_again_is_the_same_version_and_uploads_nothing(tmp_path: Path, database:
     assert again == replace(first, created=False)
     assert len(versions(request)) == 1
     assert {p: p.stat().st_mtime_ns for p in Path(first.source).iterdir()} == stamp
-    history = connect(database).get_metric_history(request.run_id, "heldout.accuracy")
+    history = connect(database).get_metric_history(request.run_id, "heldout_accuracy")
     assert len(history) == 1
 
 
@@ -251,7 +251,7 @@ def test_nan_is_refused_by_name(tmp_path: Path, database: str) -> None:
     request = training(tmp_path, database, metrics={"accuracy": 0.99, "loss": float("nan")})
     with pytest.raises(GateRefused, match="metric 'loss' is nan"):
         register_model(request)
-    assert "heldout.loss" not in connect(database).get_run(request.run_id).data.metrics
+    assert "heldout_loss" not in connect(database).get_run(request.run_id).data.metrics
 
 
 def test_missing_metric_is_refused_with_those_there_are(tmp_path: Path, database: str) -> None:

@@ -151,8 +151,8 @@ def test_whole_page(document: dict[str, Any], files: dict[str, str], tmp_path: P
     assert "Trained through 2 interruptions, 20 steps lost, accuracy 0.9778 ≥ 0.95, version 3 in service." in said
     for words in (
         "24 Nov 2026, 08:00:00 UTC",
-        "1 spot reclaim at step 40: saved 213 ms after the notice, nothing lost",
-        "2 spot reclaim at step 90: without notice, 20 steps trained again",
+        "1 spot reclaim at step 40, saved 213 ms after the notice: nothing lost",
+        "2 spot reclaim at step 90, without notice: 20 steps trained again",
         "100 % of 360 answers over HTTP agree with the trained model; accuracy 0.9778 there, 0.9778 in training.",
         "4.1 ms",
         "12 ms",
