@@ -20,6 +20,7 @@ Cause = Literal[
     "user_error",  # exit 1..127: a bug, spends the error budget
     "cancelled",  # somebody asked for it
     "deadline",  # the workload's own wall-clock limit
+    "no_capacity",  # it never got a node within start_seconds: neither an error nor an interruption
 ]
 INTERRUPTIONS: frozenset[str] = frozenset({"spot", "consolidation", "node_lost"})
 
@@ -50,6 +51,7 @@ class Workload:
     spot: bool = False  # may be interrupted
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL
     deadline_seconds: float | None = None  # wall clock
+    start_seconds: float | None = None  # how long it may wait for a node; None: for ever
     labels: Mapping[str, str] = field(default_factory=dict)  # run, pipeline, step
 
 
