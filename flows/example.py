@@ -64,7 +64,8 @@ def create_project(example: str, folder: Path) -> None:
         (aside / ".gitignore").write_text(_IGNORED)
         _git(aside, "init", "-q", "-b", "main")
         _make_data(example).make_data(aside / "data" / example)
-        with _dvc(aside, init=True) as repo:
+        _init_dvc(aside)
+        with _dvc(aside) as repo:
             _track(repo, aside / "data" / example)
         _commit(aside, f"The {example} example: data, model, pipeline", number=0)
         aside.rename(folder)
@@ -97,16 +98,23 @@ def _make_data(example: str) -> Any:
     return importlib.import_module(f"training.examples.{example}.make_data")
 
 
+def _init_dvc(folder: Path) -> None:
+    """What `dvc init` and `dvc remote add` write, with a URL that is relative, so that the folder can be moved."""
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc" / "config").write_text(_DVC_CONFIG)
+    (folder / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (folder / ".dvcignore").write_text(
+        "# Patterns of files that dvc should ignore: https://dvc.org/doc/user-guide/dvcignore\n"
+    )
+
+
 @contextmanager
-def _dvc(folder: Path, *, init: bool = False) -> Iterator[Any]:
+def _dvc(folder: Path) -> Iterator[Any]:
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.repo import Repo
 
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it would tell the person to do by hand what is done here
-    if init:
-        Repo.init(str(folder)).close()
-        (folder / ".dvc" / "config").write_text(_DVC_CONFIG)
-    repo = Repo(str(folder))
+    repo = Repo(str(folder), config={"core": {"site_cache_dir": str(folder / ".dvc" / "tmp" / "site")}})
     try:
         yield repo
     finally:

@@ -314,9 +314,11 @@ def test_later_errors_lead_back_to_their_key() -> None:
     with pytest.raises(ConfigError) as caught, settings.blaming("data", "path"):
         raise ConfigError("DVC does not track it")
     assert str(caught.value) == 'p.toml@3f2a9c1:5: [data] path = "data/digits": DVC does not track it'
-    with pytest.raises(ConfigError, match=r'^--set model.module = "other.py": no such file'):
-        with settings.blaming("model", "module"):
-            raise ConfigError("no such file")
+    with (
+        pytest.raises(ConfigError, match=r'^--set model.module = "other.py": no such file'),
+        settings.blaming("model", "module"),
+    ):
+        raise ConfigError("no such file")
     with (
         pytest.raises(ConfigError, match=r"^p.toml@3f2a9c1:4: \[data\] train: empty"),
         settings.blaming("data", "train"),

@@ -31,7 +31,8 @@ def dvc(folder: Path, *commands: list[str]) -> None:
     """Run dvc commands in a folder, all in one process: DVC's import is most of their time."""
     program = f"from dvc.cli import main; import sys; sys.exit(max(main(c) for c in {list(commands)!r}))"
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=folder, env=os.environ | _ENVIRONMENT, capture_output=True, text=True)
+    environment = os.environ | _ENVIRONMENT | {"DVC_SITE_CACHE_DIR": str(folder / ".dvc" / "tmp" / "site")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
