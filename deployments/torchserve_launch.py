@@ -12,6 +12,7 @@ plain health probe could pass. On a network, bind a proxy in front or pass `toke
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -128,6 +129,16 @@ def torchserve_command(
     argv = [python, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
     argv += ["--ts-config", str(config), "--log-config", str(log4j)]
     return Launch(argv, env, state)
+
+
+def champions(endpoints: Path) -> dict[str, str]:
+    """Model name -> .mar file name of what the records under `<store>/endpoints` have in service: `models` of a start."""
+    found = {}
+    for path in sorted(endpoints.glob("[!.]*.json")):
+        serving = json.loads(path.read_text()).get("serving")
+        if serving and Path(serving["mar"]).is_file():
+            found[path.stem] = Path(serving["mar"]).name
+    return found
 
 
 def private_tmp(state: Path) -> Path:

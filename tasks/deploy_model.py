@@ -16,6 +16,7 @@ from typing import Any
 
 from deployments.errors import GiveUp
 from deployments.serving import TorchServe
+from tasks.admission import AdmissionRequest, admit
 from tasks.champion import Champion
 from tasks.endpoint import EndpointRecord, Version
 from tasks.golden import read_golden
@@ -45,6 +46,8 @@ class DeployRequest:
     max_p95_seconds: float = 1.0
     canary_samples: int = 0  # held-out samples on which old and new are compared; 0: none
     canary_max_accuracy_drop: float = 0.05
+    admission: bool = False  # serve it on scratch ports first (tasks.admission); about ten seconds, once per archive
+    server_logs: str = ""  # TorchServe's log folder, if it is here: a worker that does not start is then quoted
     lock_wait_seconds: float = 300.0
 
 
@@ -101,6 +104,7 @@ def run(request: DeployRequest, on_phase: Callable[[str], None]) -> Endpoint:
         canary_samples=request.canary_samples,
         max_accuracy_drop=request.canary_max_accuracy_drop,
         request_seconds=float(request.serve.get("response_timeout_seconds", 30)) + 1,
+        server_logs=request.server_logs,
     )
     rollout = rollout_of(request, limits, on_phase)
     return put_into_service("deploy", rollout, target, request)
@@ -139,6 +143,9 @@ def put_into_service(
     began = time.monotonic()
     with rollout.record.lock(request.lock_wait_seconds):
         changed = not in_service(rollout, target)
+        if changed and isinstance(request, DeployRequest) and request.admission:
+            admit(admission_of(request))
+            rollout.on_phase("admitted")
         passed = rollout.move(kind, target) if changed else verify(rollout, target)
         old = rollout.record.previous()
     return Endpoint(
@@ -150,6 +157,23 @@ def put_into_service(
         seconds=round(time.monotonic() - began, 3),
         golden_passed=passed,
         changed=changed,
+    )
+
+
+def admission_of(request: DeployRequest) -> AdmissionRequest:
+    """The admission test of what is to be deployed."""
+    return AdmissionRequest(
+        pipeline=request.pipeline,
+        version=request.version,
+        label=request.label,
+        mar=request.mar,
+        sha256=request.sha256,
+        golden=request.golden,
+        golden_count=request.golden_count,
+        tolerance=request.tolerance,
+        workers=int(request.serve.get("workers", 1)),
+        start_seconds=request.start_seconds,
+        store=str(EndpointRecord(folder=request.record, pipeline=request.pipeline).store.path),
     )
 
 

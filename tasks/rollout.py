@@ -17,6 +17,7 @@ from typing import Any
 
 from deployments.errors import GiveUp, StepError, TryAgain
 from deployments.serving import ModelServer, Served
+from deployments.torchserve_launch import worker_error
 from tasks.archive import validate_archive
 from tasks.champion import Champion
 from tasks.endpoint import EndpointRecord, Version
@@ -37,6 +38,7 @@ class Limits:
     max_accuracy_drop: float = 0.05  # against the version in service, on the same labelled samples
     max_p95_seconds: float = 1.0
     request_seconds: float = 30.0
+    server_logs: str = ""  # TorchServe's log folder, if it is on this machine
 
 
 class Rollout:
@@ -130,6 +132,8 @@ class Rollout:
         if present and present.ready < present.workers and not present.default:
             self.server.unregister(self.model, target.label)  # left by an attempt that failed
             present = None
+        log = Path(self.limits.server_logs) / "model_log.log"
+        read = log.stat().st_size if self.limits.server_logs and log.is_file() else 0
         if present is None:
             self.server.register(self.model, Path(target.mar).name, workers=int(target.serve.get("workers", 1)))
             self.on_phase("registered")
@@ -137,20 +141,25 @@ class Rollout:
         while True:
             present = self.find(target.label)
             if present is None:
-                raise GiveUp(f"{self.model} {target.label} vanished from the server while it loaded")
+                raise TryAgain(f"{self.model} {target.label} vanished while it loaded: the server was restarted")
             if present.workers and present.ready >= present.workers:
                 return
             seen |= set(present.pids)
             if len(seen) > CRASHES + present.workers:
                 raise GiveUp(
-                    f"{self.model} {target.label}: its worker died {len(seen)} times while loading; {LOG_HINT}"
+                    f"{self.model} {target.label}: its worker died {len(seen)} times while loading; {self.reason(read)}"
                 )
             if time.monotonic() > give_up:
                 raise GiveUp(
                     f"{self.model} {target.label}: {present.ready} of {present.workers} workers READY after "
-                    f"{self.limits.start_seconds:g} s; {LOG_HINT}"
+                    f"{self.limits.start_seconds:g} s; {self.reason(read)}"
                 )
             time.sleep(POLL)
+
+    def reason(self, since: int) -> str:
+        """Why a worker did not start: its last error, or where to find it."""
+        error = worker_error(Path(self.limits.server_logs), since) if self.limits.server_logs else ""
+        return error or "the reason stands in TorchServe's model_log.log"
 
     def prove(self, target: Version, content: str, golden: list[Golden], *, pinned: bool) -> int:
         """Ask every golden request and judge the answers. Raises GiveUp with the first wrong one."""
@@ -316,6 +325,3 @@ class Rollout:
         if found is None:
             raise TryAgain(f"{self.model} {label} is not on the server any more")
         return found
-
-
-LOG_HINT = "the reason stands in TorchServe's model_log.log"

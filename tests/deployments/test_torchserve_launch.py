@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -14,11 +15,14 @@ from deployments import torchserve_launch
 from deployments.errors import PreflightError
 from deployments.torchserve_launch import (
     TorchServePorts,
+    champions,
+    free_ports,
     java_home,
     private_tmp,
     render_config,
     stop_signal_pid,
     torchserve_command,
+    worker_error,
 )
 
 PORTS = TorchServePorts(inference=1, management=2, metrics=3)
@@ -71,6 +75,29 @@ def test_a_deep_folder_gets_a_short_temporary_one(tmp_path: Path) -> None:
     short = private_tmp(deep)
     assert len(str(short)) < 60 and short == private_tmp(deep) != private_tmp(tmp_path / ("d" * 61) / ("e" * 60))
     assert str(os.getuid()) in short.name
+
+
+def test_what_a_restarted_server_loads(tmp_path: Path) -> None:
+    """The version in service of each pipeline, if its archive is still there."""
+    (tmp_path / "toy-1.ab.mar").write_bytes(b"")
+    for name, serving in (("toy", "toy-1.ab.mar"), ("gone", "gone-1.ab.mar"), ("never", "")):
+        document = {"serving": {"mar": str(tmp_path / serving)} if serving else None}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    (tmp_path / ".toy.json.123.json").write_text("half")
+    assert champions(tmp_path) == {"toy": "toy-1.ab.mar"} and champions(tmp_path / "nowhere") == {}
+
+
+def test_the_last_error_of_a_worker(tmp_path: Path) -> None:
+    prefix = "2026-11-24T08:00:00,000 INFO  MODEL_LOG - "
+    text = [f"{prefix}Traceback (most recent call last):", f"{prefix}OSError: first", f"{prefix}a.b.OddError: second"]
+    (tmp_path / "model_log.log").write_text("\n".join(text) + f"\n{prefix}Frontend disconnected.\n")
+    assert worker_error(tmp_path) == "a.b.OddError: second"
+    assert worker_error(tmp_path, since=10_000) == worker_error(tmp_path / "nowhere") == ""
+
+
+def test_free_ports_are_six_different_ones() -> None:
+    ports = free_ports()
+    assert len({*vars(ports).values()}) == 6
 
 
 def test_java_comes_from_the_wheel_or_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,9 +153,11 @@ def test_a_module_that_cannot_be_imported_is_told_and_removed_quickly(
     toy = make_toy(tmp_path / "broken", seed=2, module="import no_such_package\n")
     asked, packaged = package(toy, serving.store, 2)
     began = time.monotonic()
-    with pytest.raises(GiveUp, match="worker died 4 times while loading"):
-        deploy_model(
-            deploy_request(asked, packaged, toy.heldout, serving.server, aliases.uri, tmp_path / "store" / "endpoints")
-        )
+    record, logs = tmp_path / "store" / "endpoints", str(serving.state / "logs")
+    request = deploy_request(asked, packaged, toy.heldout, serving.server, aliases.uri, record, server_logs=logs)
+    with pytest.raises(
+        GiveUp, match="worker died 4 times while loading; ModuleNotFoundError: No module named 'no_such"
+    ):
+        deploy_model(request)
     assert time.monotonic() - began < 60
     assert [found.label for found in serving.server.versions("toy")] == [good.label]
