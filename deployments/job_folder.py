@@ -1,8 +1,9 @@
 """The folder of one workload on the laptop, and what each file in it says.
 
-request.json (what was asked), result.json (what the program answered), log.txt, process.json (its supervisor and when
-it started), exit (its code, written by the supervisor), ending.json (why the place ended it, if it did), outcome.json
-(what was told about its end), lock; log.N.txt and outcome.N.json of earlier starts under the same name.
+request.json (what was asked), result.json (what the program answered), log.txt, start.json (when and how it was
+started), process.json (the same, and its supervisor), exit (its code, written by the supervisor), ending.json (why the
+place ended it, if it did), outcome.json (what was told about its end), lock; log.N.txt and outcome.N.json of earlier
+starts under the same name.
 Not covered: when it is started or ended (laptop.py).
 """
 
@@ -54,6 +55,10 @@ class JobFolder:
         found = processes.recall(self.folder / "process.json")
         return found[0] if found else None
 
+    def record(self, supervisor: processes.Identity) -> None:
+        """Write down who runs what start.json says."""
+        processes.remember(self.folder / "process.json", supervisor, **(self.read("start.json") or {}))
+
     def exit(self) -> tuple[int, float] | None:
         """The exit code and when it was written (unix seconds). Only to be asked once the supervisor is gone."""
         path = self.folder / "exit"
@@ -73,5 +78,5 @@ class JobFolder:
         for path in (self.log, self.folder / "outcome.json"):
             if path.exists():
                 path.replace(path.with_name(f"{path.stem}.{number}{path.suffix}"))
-        for name in ("process.json", "exit", "ending.json", "result.json"):
+        for name in ("start.json", "process.json", "exit", "ending.json", "result.json"):
             (self.folder / name).unlink(missing_ok=True)

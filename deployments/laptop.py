@@ -129,9 +129,8 @@ class Laptop:
         """True: it runs. An outcome: it has ended and is not to be started. False: start it."""
         supervisor = job.supervisor()
         if supervisor is None:
-            if job.request.exists():  # whoever started it died before it could write down whom
-                job.kill()
-                job.archive()
+            supervisor = _unrecorded(job)
+        if supervisor is None:
             return False
         if supervisor.alive():
             return True
@@ -151,18 +150,16 @@ class Laptop:
         defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # workers share the cores; the log is followed
         env = defaults | dict(os.environ) | self.env | dict(workload.env)
         env |= {"REPRISE_JOB": workload.name, MARK: str(job.folder)}
-        started, kills = time.time(), oom_kills()
+        start = {
+            "started": time.time(),
+            "grace_seconds": workload.grace_seconds,
+            "oom_kills": oom_kills(),
+            "argv": argv,
+        }
+        job.write("start.json", start | {"labels": dict(workload.labels)})
         shell = ["/bin/sh", "-c", _SUPERVISOR, "reprise-job", str(job.folder), *argv]
         supervisor = processes.spawn(shell, env=env, log=job.log)
-        processes.remember(
-            job.folder / "process.json",
-            supervisor,
-            started=started,
-            grace_seconds=workload.grace_seconds,
-            oom_kills=kills,
-            argv=argv,
-            labels=dict(workload.labels),
-        )
+        job.record(supervisor)
         return supervisor
 
     def _follow(self, job: JobFolder, supervisor: processes.Identity | None, tick: Callable[[], None]) -> Iterator[str]:
@@ -249,6 +246,19 @@ class Laptop:
         )
         job.write("outcome.json", asdict(outcome) | {"process": asdict(supervisor)})
         return outcome
+
+
+def _unrecorded(job: JobFolder) -> processes.Identity | None:
+    """The supervisor of a start whose starter died between starting it and writing down whom; None: never started."""
+    if job.read("start.json") is None:
+        return None
+    whole = processes.tree(MARK, str(job.folder))
+    top = next((pid for pid in sorted(whole) if processes.parent(pid) not in whole), None)
+    if top is None and job.exit() is None:
+        return None
+    supervisor = processes.Identity.of(top) if top else processes.Identity(pid=0, start="")
+    job.record(supervisor)
+    return supervisor
 
 
 @contextlib.contextmanager

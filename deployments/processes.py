@@ -59,9 +59,11 @@ class Identity:
 
     def alive(self) -> bool:
         """It runs still. A child of ours that has ended is collected, so that it does not stay a zombie."""
+        if not self.start:
+            return False
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
-        return bool(self.start) and start_mark(self.pid) == self.start
+        return start_mark(self.pid) == self.start
 
 
 def spawn(argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> Identity:
@@ -120,6 +122,16 @@ def _look() -> dict[int, tuple[int, dict[str, str]]]:
 def marks(variable: str) -> dict[int, str]:
     """pid -> value, for every living process but ourselves that has this one of MARKS in its environment."""
     return {pid: own[variable] for pid, (_, own) in _look().items() if variable in own}
+
+
+def parent(pid: int) -> int:
+    """The pid of its parent; 0 if it is gone."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.Error:
+        return 0
 
 
 def children(pid: int) -> list[int]:
