@@ -36,6 +36,7 @@ from training.checkpoint_audit import main, newest_complete, verify
 from training.checkpoint_load import IdentityMismatch, Verified, take, verify_for
 from training.checkpoint_plan import plan_save, signature
 from training.checkpoint_store import CheckpointWriteError, Store, open_store
+from training.device_staging import DeviceStaging
 from training.manifest import DamagedCheckpoint, Manifest, StoredFile
 from training.shard_file import Layout, shard_name
 from training.staging import HostStaging, Snapshot, Staging
@@ -125,6 +126,7 @@ class _Job:
     started: float
     snapshot: Snapshot
     durable: Future[CheckpointInfo]
+    stall_index: int | None = None  # of this save in `stall_seconds`
 
 
 class Checkpointer:
@@ -239,6 +241,7 @@ class Checkpointer:
         self._job.snapshot.wait()
         stall = self._pending_stall + time.perf_counter() - started
         self._pending_stall = None
+        self._job.stall_index = len(self.stall_seconds)
         self.stall_seconds.append(stall)
         return stall
 
@@ -297,6 +300,14 @@ class Checkpointer:
         self._plan = _Plan(signature=structure, layout=layout, staging=self._staging(layout, flat))
         return self._plan
 
+    def _staging(self, layout: Layout, flat: FlatState) -> Staging:
+        devices = {tensor.device for tensor in flat.tensors.values() if tensor.device.type != "cpu"}
+        if not devices:
+            return HostStaging(layout)
+        if len(devices) > 1 or any(device.type != "cuda" for device in devices):
+            raise TypeError(f"state on {', '.join(map(str, devices))}: one CUDA device per rank is supported")
+        return DeviceStaging(layout, devices.pop())
+
     def _sources(self, flat: FlatState, plan: _Plan) -> list[tuple[shard_file.Piece, torch.Tensor]]:
         """This rank's parts as local tensors; those that do not hold still until the optimizer's step as copies."""
         sources = []
@@ -314,9 +325,13 @@ class Checkpointer:
     # -- the writer's thread ----------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
+        with suppress(OSError):  # hashing and writing take what the training's own threads leave
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while (job := self._queue.get()) is not None:
             try:
                 info = self._write(job)
+                if job.stall_index is not None:
+                    self.stall_seconds[job.stall_index] += job.snapshot.device_seconds()
             except BaseException as error:  # handed to the thread that waits
                 job.durable.set_exception(error)
             else:
@@ -367,7 +382,6 @@ class Checkpointer:
         file = shard_name(self.rank)
         writer = self.store.create(job.name, file, len(header) + job.plan.layout.nbytes)
         try:
-            job.snapshot.wait()
             stored = shard_file.write_shard(writer, header, job.snapshot.chunks())
             writer.finish()
         except BaseException:

@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -117,28 +118,29 @@ class HostSnapshot:
         self._next = iter(self._blocks)
         self._lock = threading.Lock()
         self._done: Future[None] = Future()
+        self._error: BaseException | None = None
         self.begun = threading.Event()
         if not self._blocks:
             self._done.set_result(None)
 
     def copy(self) -> None:
         """Copy blocks until none is left to begin; the last thread to finish one reports."""
-        count, error = 0, None
+        count = 0
         for block in self._next:
             try:
                 block()
-            except BaseException as raised:  # handed to whoever waits
-                error = raised
+            except BaseException as error:  # handed to whoever waits, when nobody copies any more
+                self._error = error
             count += 1
         with self._lock:
             self._left -= count
-            finished = self._left == 0 and not self._done.done()
-            if error is not None and not self._done.done():
-                self._done.set_exception(error)
-            elif finished:
-                self._done.set_result(None)
+            finished = count > 0 and self._left == 0
         if finished:
             self._sources = self._blocks = ()
+            if self._error is None:
+                self._done.set_result(None)
+            else:
+                self._done.set_exception(self._error)
 
     def wait(self) -> None:
         if not self._done.done():
@@ -160,8 +162,6 @@ class HostSnapshot:
 
 def _blocks(staging: HostStaging, sources: Sources) -> Sequence[Callable[[], object]]:
     """The copy as many independent calls."""
-    from functools import partial
-
     base, move = staging.arena.address, ctypes.memmove
     blocks: list[Callable[[], object]] = []
     for piece, tensor in sources:
