@@ -43,7 +43,7 @@ class Workload:
     name: str  # a DNS label made from the step key (and attempt): the identity
     image: Image
     command: tuple[str, ...]  # argv; "python" stands for the place's interpreter
-    request: Mapping[str, Any] = field(default_factory=dict)  # becomes request.json; its path replaces {request} in argv
+    request: Mapping[str, Any] = field(default_factory=dict)  # request.json; its path replaces {request} in argv
     env: Mapping[str, str] = field(default_factory=dict)
     resources: Resources = Resources()
     replicas: int = 1  # nodes

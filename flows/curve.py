@@ -13,7 +13,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 760, 280, 54, 34, 38
 
 
 def curve_svg(progress: list[dict[str, Any]], attempts: list[dict[str, Any]], title: str) -> str:
-    """Loss over steps; a vertical line where an attempt ended before the training did. Steps without a loss are left out."""
+    """Loss over steps; a vertical line where an attempt ended too early. Steps without a loss are left out."""
     points = {int(e["step"]): float(e["loss"]) for e in progress if "loss" in e and "step" in e}
     points = {step: loss for step, loss in points.items() if loss == loss and abs(loss) != float("inf")}
     last = max([1, *points])
@@ -47,7 +47,8 @@ def curve_svg(progress: list[dict[str, Any]], attempts: list[dict[str, Any]], ti
         label = f"{attempt['cause']}, step {attempt['reached_step']}"
         anchor = "end" if at > WIDTH / 2 else "start"
         parts.append(
-            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#dc2626" stroke-dasharray="4 3"/>'
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#dc2626" '
+            'stroke-dasharray="4 3"/>'
             f'<text x="{at + (-5 if anchor == "end" else 5):.1f}" y="{TOP + 12}" text-anchor="{anchor}" '
             f'font-family="system-ui, sans-serif" font-size="12" fill="#dc2626">{escape(label)}</text>'
         )

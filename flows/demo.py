@@ -36,7 +36,7 @@ def demo(*, folder: str, example: str, quiet: bool) -> dict[str, Any]:
 
 
 def curl_line(project: Path, document: dict[str, Any], heldout: Path) -> str:
-    """A command to paste that asks the endpoint about one held-out sample; the file it sends is written beside the project."""
+    """A command to paste that asks the endpoint about one held-out sample, which is written beside the project."""
     with heldout.open() as lines:
         first = json.loads(next(iter(lines)))
     sample = project / ".reprise" / f"sample{Path(first['name']).suffix or '.txt'}"

@@ -29,11 +29,10 @@ class Interrupted(StepError):
 
 
 def execute(order: Order, *, quiet: bool = False) -> dict[str, Any]:
-    """Run an order to its end and return the run's document. Raises the error of its first failing step, or Interrupted."""
+    """Run an order to its end; returns the run's document. Raises its first failing step's error, or Interrupted."""
     prepared = prepare(order)
-    dirty = prepared.project.dirty(
-        [prepared.pipeline.file.name, prepared.pipeline.model.module, *prepared.pipeline.model.files]
-    )
+    files = (prepared.pipeline.file.name, prepared.pipeline.model.module, *prepared.pipeline.model.files)
+    dirty = prepared.project.dirty([prepared.project.in_repo(name) for name in files])
     if dirty and not quiet:
         say(f"note: not committed, so not part of the run: {', '.join(dirty)}", style="yellow")
     with _turn(prepared, quiet=quiet):
@@ -148,10 +147,11 @@ def resumed(order: Order, document: dict[str, Any], run: str) -> Order:
 def summary(document: dict[str, Any]) -> list[tuple[str, str]]:
     """What one wants to know of a finished run, as (name, value)."""
     attempts = document["attempts"]
+    took = (document["ended"] or time.time()) - document["started"]
     lines = [
         (
             "run",
-            f"{document['run']}: {document['status']} in {seconds((document['ended'] or time.time()) - document['started'])}",
+            f"{document['run']}: {document['status']} in {seconds(took)}",
         ),
         ("commit", f"{document['git_sha'][:12]}, data {document['data_digest'][:12]}"),
     ]
@@ -173,7 +173,8 @@ def summary(document: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "endpoint",
-                f"{check['samples']} held-out samples, agreement {check['agreement']:.4g}, p95 {check['p95_ms']:.1f} ms",
+                f"{check['samples']} held-out samples, agreement {check['agreement']:.4g}, "
+                f"p95 {check['p95_ms']:.1f} ms",
             )
         )
     names = {

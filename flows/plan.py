@@ -69,9 +69,11 @@ def make_plan(
     management_url: str,
 ) -> Plan:
     """Compute every step key and look up what is done. Raises the errors of `Project` for data and code."""
-    data_path = project.in_repo(pipeline.data.path)
-    data = project.data_pointer(git_sha, data_path)
-    code = project.code_digest(git_sha, code_files(pipeline, project))
+    with pipeline.blaming("data", "path"):
+        data_path = project.in_repo(pipeline.data.path)
+        data = project.data_pointer(git_sha, data_path)
+    with pipeline.blaming("model", "files"):
+        code = project.code_digest(git_sha, code_files(pipeline, project))
     train = pipeline.train
     inputs: dict[str, dict[str, Any]] = {
         "pull_data": {"data": data.digest, "path": data_path},

@@ -20,7 +20,7 @@ from tasks.deploy_model import RollbackRequest, roll_back
 
 
 def rollback(order: Order, to: str) -> dict[str, Any]:
-    """Move the endpoint back; returns {"pipeline", "version", "previous", "url", ...}. Raises GiveUp if there is nothing."""
+    """Move the endpoint back; returns {"pipeline", "version", "url", ...}. Raises GiveUp if there is nothing."""
     file, place, store = where(order)
     pipeline = load_pipeline(file)
     endpoint = store.read(f"endpoints/{pipeline.name}")

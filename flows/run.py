@@ -1,8 +1,8 @@
 """One run: its identity, its document in the store, its lock, and the events that people watch.
 
-The document (`runs/<run>.json`) is what `reprise show` prints: written at every transition, so that a killed flow leaves
-the truth behind. A run whose process died is found by its free lock and goes on under its own name when the same work is
-asked for again. Not covered: Prefect (flows.steps), what the steps do (tasks).
+The document (`runs/<run>.json`) is what `reprise show` prints: written at every transition, so that a killed flow
+leaves the truth behind. A run whose process died is found by its free lock and goes on under its own name when the same
+work is asked for again. Not covered: Prefect (flows.steps), what the steps do (tasks).
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _step_document(name: str, key: str, reason: str) -> dict[str, Any]:
 def open_run(
     plan: Plan, store: Store, *, rev: str, overrides: list[str], cause: str, resume: str = ""
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Take the pipeline's lock and yield (run id, document): of the unfinished run of the same work, or of a new one."""
+    """Take the run's lock and yield (id, document): of the unfinished run of the same work, or of a new one."""
     document = read_run(store, resume) if resume else unfinished(plan, store)
     if document:
         run = str(document["run"])

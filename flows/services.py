@@ -45,7 +45,7 @@ def prefect_environment(place: PlaceSettings) -> None:
 
 
 def restore_endpoints(place: PlaceSettings, store: Store) -> list[str]:
-    """Put back what was in service before the servers were stopped: TorchServe forgets, the endpoint's record does not."""
+    """Put back what was in service before the servers stopped: TorchServe forgets, the endpoint's record does not."""
     urls = service_urls(place)
     told = []
     for pipeline in store.names("endpoints"):

@@ -1,7 +1,7 @@
 """From an order (which pipeline, which revision, which changes) to a run that can start.
 
-`prepare` is light: settings and plan, nothing started. `begin` takes the run's lock and hands out the Run. Both are used
-by the command and by the flow itself when Prefect starts it. Not covered: the steps (flows.retrain).
+`prepare` is light: settings and plan, nothing started. `begin` takes the run's lock and hands out the Run. Both are
+used by the command and by the flow itself when Prefect starts it. Not covered: the steps (flows.retrain).
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def prepare(order: Order) -> Prepared:
     text = project.read_text(sha, project.in_repo(file.name))
     pipeline = load_pipeline(text, source_name=f"{file.name}@{sha[:7]}", overrides=order.overrides, file=file)
     module = pipeline.model.module
-    check_module(project.read_text(sha, project.in_repo(module)), f"{module}@{sha[:7]}")
+    with pipeline.blaming("model", "module"):
+        check_module(project.read_text(sha, project.in_repo(module)), f"{module}@{sha[:7]}")
     return Prepared(
         order=order, project=project, pipeline=pipeline, place=place, store=store, urls=service_urls(place), git_sha=sha
     )

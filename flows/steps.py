@@ -1,10 +1,11 @@
-"""A task function becomes a Prefect task on a runner: reuse by step key, retries by error type, a state that people read.
+"""A task function becomes a Prefect task on a runner: reuse by step key, retries by error type, readable states.
 
     result = await run_step(run, pull_data, PullRequest(...))
 
-A finished step ends in the Prefect state `Reused` with the reason; a failed one in `Failed` with the error's sentence. An
-error that says try again is tried again with back-off, one that says give up is not. The step itself is a program of its
-own on the runner (tasks.step); only train_model is driven from here. Not covered: the order of steps (flows.retrain).
+A step that is done already ends in the Prefect state `Reused` with the reason; a failed one in `Failed` with the
+error's sentence. An error that says try again is tried again with back-off, one that says give up is not. The step
+itself is a program of its own on the runner (tasks.step); only train_model is driven from here. Not covered: the order
+of steps (flows.retrain).
 """
 
 from __future__ import annotations

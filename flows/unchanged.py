@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 3.0
 
 
 def record_unchanged(run: Run) -> str:
-    """A completed flow run named like the run, with the plan as its artifact; returns its id, or "" if Prefect is away."""
+    """A completed flow run named like the run, with the plan as artifact; returns its id, or "" if Prefect is away."""
     api = f"{run.urls['prefect']}/api"
     try:
         flow = _post(f"{api}/flows/", {"name": "retrain"})

@@ -87,6 +87,7 @@ def _evaluate(run: Run, known: dict[str, Any], data: PulledData) -> dict[str, fl
         metrics: dict[str, float] = json.loads((Path(output) / "metrics.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise GiveUp(
-            f"champion {known['version']}: evaluation on the new held-out data failed: {outcome.reason}; its log is {outcome.log}"
+            f"champion {known['version']}: evaluation on the new held-out data failed: {outcome.reason}; "
+            f"its log is {outcome.log}"
         ) from error
     return metrics

@@ -2,7 +2,8 @@
 
 Drawn by matplotlib without a display. Colours are CSS variables of the page, so one picture serves the light and the
 dark scheme; text stays text; the same numbers give the same bytes. Where an attempt ended before the training did, a
-numbered mark stands, and what had to be trained again is dashed. The page tells in words what each number was.
+numbered mark stands, and the steps that had to be trained again are shaded (dashed if their loss came out otherwise).
+The page tells in words what each number was.
 Not covered: everything of the page that HTML can draw by itself (tasks/report.html.j2).
 """
 
@@ -102,25 +103,21 @@ def loss_curve(pieces: Sequence[Piece], marks: Sequence[Mark], *, width: float, 
 
 
 def _draw(axes: Any, pieces: Sequence[Piece], *, narrow: bool) -> None:
-    count = sum(len(p.steps) for p in pieces)
-    dots = {"marker": "o", "markersize": 3.5} if count < 60 else {}
-    before: list[tuple[int, float]] = []  # what earlier attempts kept: each goes on where the checkpoint was
+    # The last word on a step counts. A resume repeats its steps exactly, so the first may be the only one recorded.
+    curve = {step: loss for piece in pieces for step, loss in zip(piece.steps, piece.losses, strict=True)}
+    steps = sorted(curve)
+    values = [curve[s] for s in steps]
+    dots = {"marker": "o", "markersize": 3.5} if len(steps) < 60 else {}
+    if len(steps) > 250:  # single batches jump: show them faintly and their running mean on top
+        axes.plot(steps, values, color=ACCENT, linewidth=0.8, alpha=0.3)
+        values = _smooth(values)
+    axes.plot(steps, values, color=ACCENT, linewidth=1.8, solid_joinstyle="round", **dots)
     for piece in pieces:
-        points = list(zip(piece.steps, piece.losses, strict=True))
-        start = [p for p in before if p[0] < points[0][0]][-1:]
-        kept = [p for p in points if p[0] <= piece.kept]
-        lost = [p for p in points if p[0] > piece.kept]
-        if kept:
-            line = start + kept
-            if count > 250:  # single batches jump: show them faintly and their running mean on top
-                axes.plot(*zip(*line, strict=True), color=ACCENT, linewidth=0.8, alpha=0.3)
-                line = list(zip([p[0] for p in line], _smooth([p[1] for p in line]), strict=True))
-            axes.plot(*zip(*line, strict=True), color=ACCENT, linewidth=1.8, solid_joinstyle="round", **dots)
+        lost = [(s, v) for s, v in zip(piece.steps, piece.losses, strict=True) if s > piece.kept]
         if lost:
-            again = (kept[-1:] or start) + lost
-            axes.axvspan(max(piece.kept, again[0][0]), again[-1][0], color=CUT, alpha=0.16, linewidth=0)
-            axes.plot(*zip(*again, strict=True), color=CUT, linewidth=1.5, linestyle=(0, (3, 2)), **dots)
-        before = sorted(before + kept)
+            axes.axvspan(piece.kept, lost[-1][0], color=CUT, alpha=0.16, linewidth=0)
+        if other := [(s, v) for s, v in lost if not math.isclose(curve[s], v, rel_tol=1e-6)]:
+            axes.plot(*zip(*other, strict=True), color=CUT, linewidth=1.2, linestyle=(0, (3, 2)), **dots)
     losses = [v for piece in pieces for v in piece.losses]
     if losses and min(losses) > 0 and max(losses) / min(losses) > 100:
         axes.set_yscale("log")

@@ -41,7 +41,7 @@ def read_request(task: Callable[[Any], Any], raw: dict[str, Any]) -> Any:
 
 
 def from_json(kind: Any, value: Any, *, where: str) -> Any:
-    """`value` as `kind` (a dataclass, or JSON as it is). Raises GiveUp naming the path of an unknown or missing field."""
+    """`value` as `kind` (a dataclass, or JSON as it is). Raises GiveUp naming an unknown or missing field."""
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return value
     if not isinstance(value, dict):

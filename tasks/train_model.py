@@ -52,7 +52,7 @@ class TrainRequest:
     since: float = 0.0  # unix seconds: budgets and deadline count from here; a person's resume renews them
     spot: bool = True
     grace_seconds: float = 30.0
-    resources: Resources = Resources()
+    resources: Resources = field(default_factory=Resources)
     tags: dict[str, str] = field(default_factory=dict)  # lineage, on the MLflow run
 
 
@@ -281,7 +281,8 @@ def _why(outcome: Outcome) -> str:
 def _stop_or_go_on(outcome: Outcome, attempt: Attempt, spec: TrainSpec) -> None:
     if outcome.cause == "cancelled":
         raise Cancelled(
-            f"training {spec.key[:12]}: cancelled; its checkpoint of step {attempt.to_step} stands, resume continues there"
+            f"training {spec.key[:12]}: cancelled; its checkpoint of step {attempt.to_step} stands, "
+            "resume continues there"
         )
     if outcome.cause == "deadline":
         raise GiveUp(f"training {spec.key[:12]}: {outcome.reason}; its checkpoint of step {attempt.to_step} stands")

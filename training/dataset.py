@@ -16,20 +16,21 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from training.random_state import derive
+from training.spec import BadSpec
 
 
 class Sampler:
     """Sample order of a training. Steps count from 0."""
 
     def __init__(self, *, samples: int, batch_size: int, shards: int, accumulate: int, seed: int) -> None:
-        """Raises ValueError when a batch does not fill its micro batches or the data does not fill a batch."""
+        """Raises BadSpec when a batch does not fill its micro batches or the data does not fill a batch."""
         if batch_size < shards * accumulate:
-            raise ValueError(
+            raise BadSpec(
                 f"[train] batch_size is {batch_size}, but {shards} shards x {accumulate} micro batches (accumulate) "
                 f"need at least {shards * accumulate}: raise batch_size or lower accumulate"
             )
         if samples < batch_size:
-            raise ValueError(
+            raise BadSpec(
                 f"the training split has {samples} samples, fewer than [train] batch_size = {batch_size}: "
                 f"lower batch_size to at most {samples}"
             )
@@ -78,10 +79,10 @@ def extend_digest(digest: str, indices: Sequence[int]) -> str:
 def shards_of(rank: int, world: int, shards: int) -> range:
     """The shards that a rank works for, in order: contiguous, nearly equal in number.
 
-    Raises ValueError when there are fewer shards than workers.
+    Raises BadSpec when there are fewer shards than workers.
     """
     if shards < world:
-        raise ValueError(
+        raise BadSpec(
             f"{world} workers, but the training has {shards} shards: start at most {shards} workers, or begin a "
             f"training with [train] shards set to the most workers it will ever have"
         )

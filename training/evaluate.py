@@ -22,7 +22,7 @@ import torch
 
 from training.dataset import fetch
 from training.model import BadModule, UserModule, load_module
-from training.spec import EXIT_BAD_SPEC, TrainSpec
+from training.spec import EXIT_BAD_SPEC, TrainSpec, read_spec
 
 BATCH = 256
 
@@ -117,11 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--module", help="the version's own module file; default: the spec's")
     args = parser.parse_args(argv)
     try:
-        spec = TrainSpec.from_json(Path(args.spec).read_text())
+        spec = read_spec(args.spec)
         torch.set_num_threads(spec.threads)
         user = load_module(args.module or spec.module)
         metrics = evaluate(spec, user, load_weights(user, spec.params, Path(args.weights)), Path(args.output))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"training.evaluate: {error}", file=sys.stderr)
         return EXIT_BAD_SPEC
     print(json.dumps(metrics))

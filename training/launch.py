@@ -6,7 +6,7 @@ a killed worker, once restarting here is used up), 1..127 for a bug. It forwards
 ends what has not left by itself within the grace, restarts workers that died without a notice, and leaves no process
 behind: orphans, also those in sessions of their own, become its children (subreaper) and are killed.
 Nodes: one by default; PET_* or MASTER_ADDR, RANK and WORLD_SIZE of a PyTorchJob are handed to torchrun.
-Standard library only, for a quick start. Not covered: pods and budgets (deployments, flows).
+Signals are taken before torch is imported. Not covered: pods and budgets (deployments, flows).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,8 @@ from typing import Any
 
 from training.interruption import LAUNCHER, LEAVE_WITHIN, STATUS_DIR
 from training.progress import Progress
-from training.spec import EXIT_BAD_SPEC, EXIT_COMPLETE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainSpec
+from training.spec import EXIT_BAD_SPEC, EXIT_COMPLETE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainSpec, read_spec
+from training.standby import Agent, start_agent, warm_up
 
 MARGIN = 2.0  # seconds of the grace kept for each layer's own end: worker, torchrun, this process
 POLL = 0.05
@@ -56,7 +56,7 @@ class Launch:
         self.spec, self.spec_file, self.processes, self.grace = spec, spec_file, processes, grace
         self.restarts, self.nodes = restarts, nodes
         self.noticed_at: float | None = None
-        self.agent: subprocess.Popen[bytes] | None = None
+        self.agent: Agent | None = None
         self.progress = Progress(spec.progress)
 
     def run(self) -> int:
@@ -67,6 +67,9 @@ class Launch:
         adopt_orphans()
         signal.signal(signal.SIGTERM, self._on_notice)
         signal.signal(signal.SIGINT, self._on_notice)
+        os.environ["OMP_NUM_THREADS"] = str(self.spec.threads)  # read when torch is imported
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        warm_up()
         for incarnation in range(self.restarts + 1):
             ending = self._incarnation(incarnation)
             if not ending.again or self.noticed_at is not None:
@@ -88,9 +91,7 @@ class Launch:
         status = Path(tempfile.mkdtemp(prefix="reprise-status-"))
         try:
             if self.noticed_at is None:
-                self.agent = subprocess.Popen(
-                    self._command(), env=self._environment(status), preexec_fn=die_with_launcher
-                )
+                self.agent = start_agent(self._torchrun(), self._environment(status), self.spec_file, status)
                 if self.noticed_at is not None:  # it came while the agent was being started
                     self.agent.send_signal(signal.SIGTERM)
                 self.progress.event("started", incarnation=number, agent=self.agent.pid, processes=self.processes)
@@ -138,30 +139,19 @@ class Launch:
             return Ending(code=EXIT_INTERRUPTED, reason="a worker on another node is gone", again=True)
         return Ending(code=EXIT_USER_ERROR, reason=f"torchrun exited {code}, and the training is not complete")
 
-    def _command(self) -> list[str]:
+    def _torchrun(self) -> list[str]:
         shutdown = max(1.0, self.grace - 2 * MARGIN)
         return [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
             *self.nodes,
             f"--nproc-per-node={self.processes}",
             "--max-restarts=0",  # restarting is decided here: torchrun cannot tell a bug from a kill
             "--monitor-interval=0.1",
             f"--shutdown-timeout={round(shutdown)}",
-            "-m",
-            "training.train",
-            "--spec",
-            str(self.spec_file),
         ]
 
     def _environment(self, status: Path) -> Mapping[str, str]:
-        own = str(Path(__file__).resolve().parent.parent)
-        return os.environ | {
-            "PYTHONPATH": os.pathsep.join(p for p in (own, os.environ.get("PYTHONPATH", "")) if p),
+        return {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a restart reads the dead workers' addresses
-            "OMP_NUM_THREADS": str(self.spec.threads),
-            "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
             STATUS_DIR: str(status),
             LAUNCHER: str(os.getpid()),
             LEAVE_WITHIN: str(max(1.0, self.grace - 3 * MARGIN)),
@@ -200,11 +190,6 @@ def adopt_orphans() -> None:
     """Become the parent of whatever outlives its own (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def die_with_launcher() -> None:
-    """In the agent, before it starts: end when this process ends, however."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -253,8 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.processes < 1:
             raise ValueError(f"--processes is {args.processes}; expected at least 1")
-        spec = TrainSpec.from_json(args.spec.read_text())
-    except (ValueError, OSError) as error:
+        spec = read_spec(args.spec)
+    except ValueError as error:
         print(f"training.launch: {error}", file=sys.stderr)
         return EXIT_BAD_SPEC
     launch = Launch(

@@ -103,22 +103,20 @@ class OrderedSum:
             by_rank = self._local.view(len(self.mine), self.world, self._chunk).transpose(0, 1)
             self._sent.view(self.world, len(self.mine), self._chunk).copy_(by_rank)
         sizes = [len(shards_of(r, self.world, self.shards)) * self._chunk for r in range(self.world)]
-        with lost_peer_is_told():
-            dist.all_to_all_single(
-                self._received.view(-1), self._sent.view(-1), sizes, [len(self.mine) * self._chunk] * self.world
-            )
+        mine = [len(self.mine) * self._chunk] * self.world
+        try:
+            dist.all_to_all_single(self._received.view(-1), self._sent.view(-1), sizes, mine)
             chunk = self._received[0]
             for row in self._received[1:]:
                 chunk.add_(row)
-            dist.all_gather_single(self._total, chunk.clone())
+            dist.all_gather_single(self._total, chunk)
+        except RuntimeError as error:
+            raise PeerLost(str(error).splitlines()[0]) from error
 
 
-class lost_peer_is_told:
-    """Turns the RuntimeError of a failed collective into PeerLost."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, PeerLost):
-            raise PeerLost(str(error).splitlines()[0] if str(error) else "a collective failed") from error
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a failure comes from a broken connection between ranks: gloo and NCCL tell it in words only."""
+    words = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(w in words for w in ("gloo", "Connection closed by peer", "NCCL"))
+    )

@@ -18,6 +18,10 @@ EXIT_NO_GOOD_CHECKPOINT = 5  # every checkpoint is damaged: stop, never start at
 EXIT_INTERRUPTED = 143  # the platform took us: resume
 
 
+class BadSpec(ValueError):
+    """The spec cannot be trained as it is: the message names the key, what was found and what was expected."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy:
     """When to save, and what is kept. The interval follows Young/Daly between the bounds."""
@@ -68,16 +72,29 @@ class TrainSpec:
 
     @classmethod
     def from_json(cls, text: str) -> TrainSpec:
-        """Read a spec; raises ValueError that names an unknown or a missing key."""
-        raw = json.loads(text)
+        """Read a spec; raises BadSpec that names an unknown or a missing key."""
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BadSpec(f"train spec: not JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise BadSpec(f"train spec: expected an object, got {type(raw).__name__}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(raw) - known):
-            raise ValueError(f"train spec: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-        raw["checkpoint"] = CheckpointPolicy(**raw.get("checkpoint", {}))
+            raise BadSpec(f"train spec: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
         try:
+            raw["checkpoint"] = CheckpointPolicy(**raw.get("checkpoint", {}))
             return cls(**raw)
         except TypeError as error:
-            raise ValueError(f"train spec: {error}") from error
+            raise BadSpec(f"train spec: {error}") from error
+
+
+def read_spec(path: str | Path) -> TrainSpec:
+    """The spec in that file. Raises BadSpec, also when it cannot be read."""
+    try:
+        return TrainSpec.from_json(Path(path).read_text())
+    except OSError as error:
+        raise BadSpec(f"train spec {path}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

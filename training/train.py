@@ -26,23 +26,25 @@ import torch
 import torch.distributed as dist
 
 from training.cadence import Cadence, grace_fit, observed_mtbf
-from training.checkpoint import Checkpointer, CheckpointInfo, NoGoodCheckpoint
+from training.checkpoint import Checkpointer, CheckpointInfo, IdentityMismatch, NoGoodCheckpoint
 from training.dataset import Sampler, extend_digest, fetch, shards_of
 from training.evaluate import evaluate, to_device, write_atomically
-from training.interruption import LAUNCHER, LEAVE_WITHIN, Interruption, die_with_agent, write_status
+from training.interruption import LAUNCHER, LEAVE_WITHIN, Interruption, die_with_agent, end, write_status
 from training.light_start import use_light_optimizers
 from training.model import BadModule, UserModule, load_module
 from training.progress import Progress
 from training.random_state import RandomState, derive, seed_everything
-from training.reduction import OrderedSum, PeerLost
+from training.reduction import OrderedSum, PeerLost, is_lost_peer
 from training.spec import (
     EXIT_BAD_SPEC,
     EXIT_COMPLETE,
     EXIT_INTERRUPTED,
     EXIT_NO_GOOD_CHECKPOINT,
     EXIT_USER_ERROR,
+    BadSpec,
     TrainResult,
     TrainSpec,
+    read_spec,
 )
 from training.tracking import MetricLog
 
@@ -109,7 +111,7 @@ class Training:
 
 
 @contextlib.contextmanager
-def join(spec: TrainSpec) -> Iterator[Workers]:
+def join() -> Iterator[Workers]:
     """Find the other workers (torchrun's environment) and leave them in order at the end."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
@@ -456,32 +458,55 @@ def optimizer_digest(optimizer: torch.optim.Optimizer) -> str:
 # ------------------------------------------------------------------------------------------------ the program
 
 
-def run(spec: TrainSpec) -> int:
+def run(spec: TrainSpec, workers: Workers) -> int:
     """One worker's training from set-up to its exit code."""
-    with join(spec) as workers:
-        progress = Progress(spec.progress if workers.rank == 0 else "")
-        make_exact(spec, workers.device)
-        leave_within = float(os.environ.get(LEAVE_WITHIN, "25"))
-        interruption = Interruption(leave_within=leave_within).install()
-        if os.environ.get(LAUNCHER):
-            Progress(spec.progress).event("worker", rank=workers.rank, pid=os.getpid())
+    progress = Progress(spec.progress if workers.rank == 0 else "")
+    make_exact(spec, workers.device)
+    interruption = Interruption(leave_within=float(os.environ.get(LEAVE_WITHIN, "25"))).install()
+    if os.environ.get(LAUNCHER):
+        Progress(spec.progress).event("worker", rank=workers.rank, pid=os.getpid())
+    training: Training | None = None
+    try:
         training, resumed = set_up(spec, workers, interruption, progress)
         if resumed:
             progress.event("resumed", step=training.step, max_steps=training.max_steps, attempts=training.attempts)
-        try:
-            if not train(training):
-                write_status(EXIT_INTERRUPTED, "notice")
-                return EXIT_INTERRUPTED
-            finish(training)
-        finally:
-            training.checkpointer.close()
-            if training.metrics is not None:
-                patience = 2.0 if interruption.noticed else METRICS_PATIENCE
-                if left := training.metrics.close(patience):
-                    progress.event("metrics", problem=f"{left} steps could not be sent to {spec.mlflow_uri}")
-            interruption.close()
-            progress.close()
+        if not train(training):
+            write_status(EXIT_INTERRUPTED, "notice")
+            return EXIT_INTERRUPTED
+        finish(training)
+    except Exception as error:
+        if workers.world > 1:  # no clean-up: it would wait for ranks that are gone or wait for this one
+            send_metrics(training, progress, patience=2.0)
+            end(*explain(error))
+        raise
+    else:
+        training.checkpointer.close()
+    finally:
+        send_metrics(training, progress, patience=2.0 if interruption.noticed else METRICS_PATIENCE)
+        interruption.close()
+        progress.close()
     return EXIT_COMPLETE
+
+
+def send_metrics(training: Training | None, progress: Progress, *, patience: float) -> None:
+    """Give the metrics that the server does not have yet a last chance."""
+    if training is not None and training.metrics is not None and (left := training.metrics.close(patience)):
+        progress.event("metrics", problem=f"{left} steps could not be sent to {training.spec.mlflow_uri}")
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Exit code and reason of a failure; tells it on standard error, with the traceback only where it helps."""
+    if isinstance(error, PeerLost) or is_lost_peer(error):
+        code, reason = EXIT_INTERRUPTED, f"peer lost: {str(error).splitlines()[0]}"
+    elif isinstance(error, NoGoodCheckpoint):
+        code, reason = EXIT_NO_GOOD_CHECKPOINT, str(error)
+    elif isinstance(error, (BadModule, BadSpec, IdentityMismatch)):
+        code, reason = EXIT_BAD_SPEC, str(error)
+    else:
+        traceback.print_exception(error)
+        code, reason = EXIT_USER_ERROR, f"{type(error).__name__}: {error}"
+    print(f"training: {reason}", file=sys.stderr, flush=True)
+    return code, reason
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -491,23 +516,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     die_with_agent()
     try:
-        spec = TrainSpec.from_json(Path(args.spec).read_text())
-        code, reason = run(spec), ""
-    except PeerLost as error:
-        code, reason = EXIT_INTERRUPTED, f"peer lost: {error}"
-    except NoGoodCheckpoint as error:
-        code, reason = EXIT_NO_GOOD_CHECKPOINT, str(error)
-    except (BadModule, ValueError, FileNotFoundError) as error:
-        code, reason = EXIT_BAD_SPEC, str(error)
-        if not isinstance(error, BadModule):
-            traceback.print_exc()
+        spec = read_spec(args.spec)
+        with join() as workers:
+            return run(spec, workers)
     except Exception as error:
-        traceback.print_exc()
-        code, reason = EXIT_USER_ERROR, f"{type(error).__name__}: {error}"
-    if reason:
-        print(f"training: {reason}", file=sys.stderr, flush=True)
+        code, reason = explain(error)
         write_status(code, reason)
-    return code
+        return code
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_a_run_whose_process_died_is_told_as_interrupted(store: Store) -> None:
 
 
 def test_an_unknown_run_names_the_last_ones(store: Store) -> None:
-    with pytest.raises(ConfigError, match="run 'digits-9' does not exist.*there is none yet"):
+    with pytest.raises(ConfigError, match=r"run 'digits-9' does not exist.*there is none yet"):
         read_run(store, "digits-9")
     begin(store, status="succeeded")
     with pytest.raises(ConfigError, match="the last runs are: digits-1"):

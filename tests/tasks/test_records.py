@@ -68,7 +68,10 @@ def test_a_kill_while_writing_leaves_a_whole_document(tmp_path: Path) -> None:
     assert store.names("steps") == ["k"]
 
 
-HOLD = "import sys; from tasks.records import Store\nwith Store(root=sys.argv[1]).lock('l'): print('held', flush=True); input()"
+HOLD = (
+    "import sys; from tasks.records import Store\n"
+    "with Store(root=sys.argv[1]).lock('l'): print('held', flush=True); input()"
+)
 
 
 def test_a_lock_is_told_with_its_holder_and_dies_with_it(tmp_path: Path) -> None:

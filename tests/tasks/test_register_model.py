@@ -247,6 +247,20 @@ def test_refused_is_recorded_without_alias_and_stays_refused(tmp_path: Path, dat
     assert connect(database).get_registered_model(request.pipeline).aliases == {}
 
 
+def test_as_a_step_program_a_refusal_ends_with_4(tmp_path: Path, database: str) -> None:
+    from tasks.step import run_step
+
+    request = training(tmp_path, database, metrics={"accuracy": float("inf")})
+    (tmp_path / "request.json").write_text(json.dumps(asdict(request)))
+    assert run_step("register_model", tmp_path / "request.json", tmp_path / "result.json") == 4
+    error = json.loads((tmp_path / "result.json").read_text())["error"]
+    assert error["type"] == "GateRefused" and "metric 'accuracy' is inf" in error["message"]
+    good = replace(request, key="a" * 40, metrics={"accuracy": 1.0}, pipeline="other")
+    (tmp_path / "request.json").write_text(json.dumps(asdict(good)))
+    assert run_step("register_model", tmp_path / "request.json", tmp_path / "result.json") == 0
+    assert json.loads((tmp_path / "result.json").read_text())["result"]["version"] == "1"
+
+
 def test_nan_is_refused_by_name(tmp_path: Path, database: str) -> None:
     request = training(tmp_path, database, metrics={"accuracy": 0.99, "loss": float("nan")})
     with pytest.raises(GateRefused, match="metric 'loss' is nan"):

@@ -42,7 +42,8 @@ class Script:
             out.write("\n")
         if cause == "complete" and code == 0 and reached == 40:
             result = {
-                "key": spec["key"], "step": 40, "max_steps": 40, "epoch": 2, "samples_seen": 400, "metrics": {"accuracy": 1.0},
+                "key": spec["key"], "step": 40, "max_steps": 40, "epoch": 2, "samples_seen": 400,
+                "metrics": {"accuracy": 1.0},
                 "weights": "w", "weights_sha256": "s", "heldout": "h", "parameters": 3, "seconds": 1.0,
             }  # fmt: skip
             Path(spec["output"], "result.json").write_text(json.dumps(result))

@@ -365,6 +365,15 @@ def test_curve_has_the_pages_colours_and_few_points() -> None:
     assert 'aria-label="&lt;x&gt;"' in svg and "<style" not in svg and "<metadata" not in svg
 
 
+def test_only_a_loss_that_came_out_otherwise_is_dashed() -> None:
+    first = Piece(steps=list(range(60)), losses=[1.0] * 60, kept=40)
+    same = Piece(steps=list(range(41, 90)), losses=[1.0] * 49)
+    other = Piece(steps=list(range(41, 90)), losses=[2.0] * 49)
+    size = {"width": 360, "height": 240, "label": "loss"}
+    assert "stroke-dasharray" not in loss_curve([first, same], [], **size)
+    assert "stroke-dasharray" in loss_curve([first, other], [], **size)
+
+
 def test_curve_without_points_or_of_one_point_is_drawn() -> None:
     assert "<svg" in loss_curve([Piece(steps=[1], losses=[0.5])], [], width=360, height=240, label="loss")
     assert "<svg" in loss_curve([Piece(steps=[1, 2], losses=[-1.0, 0.0], kept=0)], [], width=360, height=240, label="l")
