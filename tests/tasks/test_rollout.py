@@ -216,6 +216,22 @@ def test_kill_at_every_transition_then_any_deployment_ends_right(bench: Bench) -
     assert killed == 11
 
 
+def test_processes_at_once_end_in_one_winner(bench: Bench) -> None:
+    """Two deploy the same version, two others; whoever came last has won, and everything agrees."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, json.dumps(asdict(bench.requests[v])), "99"], stdout=subprocess.PIPE
+        )
+        for v in "1233"
+    ]
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert outputs == [b""] * 4 and [run.returncode for run in runs] == [0] * 4  # none failed
+    version, alias, labels = bench.truth()
+    assert version in {"1", "2", "3"} and alias == version and labels == [label(bench, version or "")]
+    history = bench.record.read()["history"]
+    assert [row["outcome"] for row in history] == ["in service"] * len(history) and 3 <= len(history) <= 4
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 25))])
 def test_seeded_kills_of_good_and_bad_rollouts(bench: Bench, seed: int) -> None:
     """Kill after kill without a clean-up in between, among faults and an empty server; then one that runs through."""
