@@ -109,7 +109,7 @@ def _step_logs(jobs: Path, document: dict[str, Any], step: str, *, follow: bool)
     pattern = {
         "train_model": f"train-{keys['train_model']}-*",
         "write_report": f"write-report-{document['run']}-*",
-    }.get(step, f"{step.replace('_', '-')}-{keys.get(step, '')}")
+    }.get(step, f"{step.replace('_', '-')}-{keys.get(step, '')}-{document['run'].rpartition('-')[2]}")
     folders = sorted(jobs.glob(pattern), key=lambda f: f.stat().st_mtime)
     for folder in folders:
         yield f"{step} ({folder.name})", Laptop(jobs).logs(folder.name, follow=follow)

@@ -40,6 +40,11 @@ class Run:
     workload: str = ""  # the one that runs now, to be stopped when somebody interrupts us
     results: dict[str, Any] = field(default_factory=dict)  # step name -> its typed result
 
+    @property
+    def number(self) -> str:
+        """The run's number among those of its pipeline."""
+        return self.id.rpartition("-")[2]
+
     def save(self) -> None:
         """Write the document as it is now."""
         self.store.write(f"runs/{self.id}", self.document)

@@ -85,7 +85,8 @@ def _execute(run: Run, name: str, request: Any) -> tuple[dict[str, Any], float]:
     if name == "train_model":
         return _drive_training(run, request)
     workload = Workload(
-        name=f"{name.replace('_', '-')}-{run.plan.steps[name].key[:12]}",
+        # Of this run: a killed flow adopts what it started, and an older run's outcome is no answer to a new question.
+        name=f"{name.replace('_', '-')}-{run.plan.steps[name].key[:12]}-{run.number}",
         image="step",
         command=("python", "-m", "tasks.step", name, "{request}", "{result}"),
         request=asdict(request),
