@@ -40,8 +40,6 @@ def run_demo(*, folder: str, example: str, as_json: bool) -> None:
     say()
     say("Ask it:", style="bold")
     say(f"  {curl_line(project, document, heldout)}")
-    say()
-    say("Then:", style="bold")
     next_commands(
         "reprise run                 # again: every step is reused",
         f"reprise show {document['run']}",

@@ -7,9 +7,11 @@ rich. Not covered: what is shown (the commands).
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 SIGNS = {"done": "✓", "reused": "↺", "running": "▸", "failed": "✗", "pending": "·", "cancelled": "■"}
@@ -65,11 +67,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
 
 
 def next_commands(*commands: str) -> None:
-    """The last lines of a command: what one would type next."""
+    """The last lines of a command: what one would type next, with the command as it can be typed here."""
     if commands:
         say()
+        name = command_name()
         for command in commands:
-            say(f"  {command}", style="dim")
+            say(f"  {name}{command.removeprefix('reprise')}", style="dim")
+
+
+def command_name() -> str:
+    """`reprise` where the shell finds this installation by that name, otherwise its path from here."""
+    ours = Path(sys.executable).with_name("reprise")
+    found = shutil.which("reprise")
+    if (found and Path(found).resolve() == ours.resolve()) or not ours.exists():
+        return "reprise"
+    return str(ours.relative_to(Path.cwd())) if ours.is_relative_to(Path.cwd()) else str(ours)
 
 
 def seconds(value: float | None) -> str:

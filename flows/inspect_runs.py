@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.errors import ConfigError
+from deployments.workload import INTERRUPTIONS
 from flows.display import SIGNS, ago, say, seconds, show_json, table
 from flows.execute import summary
 from flows.run import read_run, run_ids
@@ -41,7 +42,7 @@ def list_runs(order: Order, *, as_json: bool) -> None:
             ago(d["started"]),
             seconds((d["ended"] or time.time()) - d["started"]),
             f"{sum(s['reused'] for s in d['steps'])}/{len(d['steps'])}",
-            str(sum(a["cause"] not in ("", "complete") for a in d["attempts"])),
+            str(sum(a["cause"] in INTERRUPTIONS for a in d["attempts"])),
             str(d["model_version"] or ""),
         ]
         for d in documents
