@@ -122,6 +122,13 @@ class TorchServe:
         if answer.status not in (200, 202, 404):
             raise GiveUp(f"TorchServe did not remove {model} {label} ({answer.status}): {message(answer)}")
 
+    def scale(self, model: str, workers: int) -> None:
+        """Another number of workers for the default version; begins at once and does not wait."""
+        query = f"min_worker={workers}&max_worker={workers}&synchronous=false"
+        answer = self._manage("PUT", f"/models/{quote(model)}?{query}")
+        if answer.status not in (200, 202):
+            raise GiveUp(f"TorchServe did not scale {model} ({answer.status}): {message(answer)}")
+
     def models(self) -> list[str]:
         """Names of all models held."""
         answer = self._manage("GET", "/models?limit=1000")
