@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types layers unit e2e bench-flow bench-checkpoint bench-restart bench-serving clean lock
+.PHONY: demo test check lint types layers unit e2e bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving clean lock
 
 demo: .venv/.installed  ## the whole chain on this machine, through two spot interruptions, to a model in service
 	@$(BIN)/reprise demo
@@ -37,9 +37,36 @@ e2e: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
+# Benchmarks. Peers that are no part of Reprise are installed in a folder of their own.
+.bench/.metaflow: .venv/.installed
+	@$(BIN)/python -m pip install --quiet --target .bench metaflow==2.19.39
+	@touch $@
+
+bench-flow: .bench/.metaflow  ## what orchestration costs, beside bare Prefect, Metaflow and dvc repro
+	$(BIN)/python tests/flows/bench_flow.py
+
+.bench/.checkpoint: .venv/.installed
+	@$(BIN)/python -m pip install --quiet --target .bench/checkpoint --no-deps \
+	  lightning==2.6.6 lightning-utilities pytorch-lightning torchmetrics accelerate==1.15.0 torch-checkpointing==0.1.1
+	@touch $@
+
+bench-checkpoint: .bench/.checkpoint  ## stall, durability and slowdown of a save, beside its peers
+	$(BIN)/python tests/training/bench_checkpoint.py
+
+bench-restart: .venv/.installed  ## from a kill to the first new step, beside plain torchrun
+	$(BIN)/python tests/training/bench_restart.py
+
+bench-goodput: .venv/.installed  ## useful time under interruptions, against the analytic optimum
+	$(BIN)/python tests/training/bench_goodput.py
+
+bench-serving: .venv/.installed  ## rollouts of good and bad versions under load
+	$(BIN)/python tests/tasks/bench_serving.py
+
+bench: bench-flow bench-checkpoint bench-restart bench-goodput bench-serving
+
 lock:  ## renew the versions that were installed together
 	@{ head -1 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .bench demo .mypy_cache .ruff_cache .pytest_cache
