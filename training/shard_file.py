@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterable, Iterator
@@ -75,22 +76,22 @@ def _group(part: tuple[Any, ...]) -> tuple[Any, ...]:
 def lay_out(
     parts: Iterable[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]],
 ) -> Layout:
-    """Places for (key, dtype, shape, offsets, whole, on_device): device tensors first, wide types first, each start
-    aligned to its element size. Raises TypeError for a type that the format lacks."""
+    """Places for (key, dtype, shape, offsets, whole, on_device): device tensors first, in groups of one type that
+    start aligned, and in each group first those that keep the next one aligned: vector copies want that.
+    Raises TypeError for a type that the format lacks."""
     pieces: list[Piece] = []
     pads: list[tuple[int, int]] = []
     at = device_bytes = 0
-    for key, dtype, shape, offsets, whole, on_device in sorted(parts, key=lambda p: (not p[5], -p[1].itemsize)):
+    group: tuple[Any, ...] = ()
+    sized = [(*part, math.prod(part[2]) * part[1].itemsize) for part in parts]
+    for key, dtype, shape, offsets, whole, on_device, nbytes in sorted(sized, key=_group):
         if dtype not in _DTYPES:
-            raise TypeError(
-                f"{key}: tensors of {dtype} cannot be checkpointed; convert it, or keep it out of the state"
-            )
-        if gap := -at % dtype.itemsize:
+            hint = "convert it, or keep it out of the state"
+            raise TypeError(f"{key}: tensors of {dtype} cannot be checkpointed; {hint}")
+        if (dtype, on_device) != group and (gap := -at % ALIGN):
             pads.append((at, gap))
             at += gap
-        nbytes = dtype.itemsize
-        for extent in shape:
-            nbytes *= extent
+        group = (dtype, on_device)
         pieces.append(Piece(key=key, dtype=dtype, shape=shape, offsets=offsets, whole=whole, start=at, nbytes=nbytes))
         at += nbytes
         device_bytes = at if on_device else device_bytes
