@@ -116,7 +116,7 @@ def torchserve_command(
     )
     log4j = state / "log4j2.xml"
     log4j.write_text(files("deployments").joinpath("torchserve/log4j2.xml").read_text())
-    keep = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")
+    keep = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")
     env = {name: os.environ[name] for name in keep if name in os.environ}
     env |= {
         "JAVA_HOME": str(java_home()),
