@@ -128,15 +128,22 @@ def status(state: Path) -> list[ServiceStatus]:
     return found
 
 
-def down(state: Path, *, on_progress: OnProgress | None = None, grace_seconds: float = STOP_SECONDS) -> list[str]:
-    """Stop everything of this state folder and wait until its ports are free. Returns the names of what ran.
+def down(
+    state: Path,
+    *,
+    only: Sequence[str] = (),
+    on_progress: OnProgress | None = None,
+    grace_seconds: float = STOP_SECONDS,
+) -> list[str]:
+    """Stop everything of this state folder, or `only` some, and wait until its ports are free. Returns what ran.
 
     Raises PreflightError if a port stays taken: then somebody has it whom we did not start.
     """
     if not (state / "services").is_dir():
         return []
     with _lock(state.resolve() / "services", lambda: None):
-        return _stop(_folders(state), on_progress=on_progress, grace_seconds=grace_seconds)
+        folders = [folder for folder in _folders(state) if not only or folder.name in only]
+        return _stop(folders, on_progress=on_progress, grace_seconds=grace_seconds)
 
 
 def _start(service: Service) -> None:

@@ -167,6 +167,76 @@ def doctor(*, pipeline: Pipeline = "", place: Place = "laptop", json: Json = Fal
     show_findings(Order(pipeline=pipeline, place=place), as_json=json)
 
 
+@app.command
+def deploy(
+    *,
+    render: Annotated[
+        bool, Parameter(negative="", help="Only print the prefect.yaml for stock `prefect deploy`.")
+    ] = False,
+    pipeline: Pipeline = "",
+    place: Place = "laptop",
+    json: Json = False,
+) -> None:
+    """Register schedule, parameter form and concurrency limit with Prefect, and start the worker."""
+    from flows.trigger_commands import deploy_pipeline
+
+    deploy_pipeline(pipeline=pipeline, place=place, render_only=render, as_json=json)
+
+
+@app.command
+def serve(*, pipeline: Pipeline = "", place: Place = "laptop") -> None:
+    """Run what Prefect schedules, resume flows that died, hand over pushes; `up` keeps this as a service."""
+    from flows.serve import serve as serve_forever
+
+    serve_forever(pipeline, place)
+
+
+hook = App(name="hook", help="Retrain on git push: a receiver for forges, and a command for hooks and CI.")
+app.command(hook)
+
+
+@hook.command(name="serve")
+def hook_serve(
+    *,
+    pipeline: Annotated[
+        tuple[str, ...], Parameter(name=["--pipeline", "-p"], negative="", help="One or more pipeline.toml.")
+    ] = (),
+    host: Annotated[str, Parameter(help="Where to listen; a proxy or a tunnel stands before it.")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="POST /push")] = 14300,
+    place: Place = "laptop",
+) -> None:
+    """Receive pushes of GitHub, GitLab, Gitea and Forgejo, signed with the secret of [push]."""
+    from flows.trigger_commands import receive_pushes
+
+    receive_pushes(pipelines=pipeline or ("",), place=place, host=host, port=port)
+
+
+@hook.command(name="push")
+def hook_push(
+    before: str,
+    after: str,
+    ref: str,
+    /,
+    *,
+    wait: Annotated[float, Parameter(help="Seconds to wait for the decision.")] = 15.0,
+    pipeline: Pipeline = "",
+    place: Place = "laptop",
+    json: Json = False,
+) -> None:
+    """One push, as a post-receive hook gets it: OLD NEW REF. Kept and decided; the run starts in Prefect."""
+    from flows.trigger_commands import push_from_hook
+
+    push_from_hook(before, after, ref, wait=wait, pipeline=pipeline, place=place, as_json=json)
+
+
+@hook.command(name="list")
+def hook_list(*, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """The pushes that came in, and what became of each."""
+    from flows.trigger_commands import list_pushes
+
+    list_pushes(pipeline=pipeline, place=place, as_json=json)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; never a traceback for a user's mistake."""
     try:

@@ -108,28 +108,33 @@ def show_plan(order: Order, *, as_json: bool) -> None:
 def start_services(*, pipeline: str, place: str) -> None:
     """`reprise up`"""
     from flows.services import ensure_services, restore_endpoints
+    from flows.trigger_commands import ensure_serving
 
-    _, settings, store = where(Order(pipeline=pipeline, place=place))
+    file, settings, store = where(Order(pipeline=pipeline, place=place))
     urls = ensure_services(settings)
     restored = restore_endpoints(settings, store)
+    serving = ensure_serving(file, settings)
     for name, text in (("prefect", "Prefect"), ("mlflow", "MLflow"), ("inference", "TorchServe")):
         say(f"{text:<12} {urls[name]}")
     for line in restored:
         say(line)
-    next_commands("reprise run", "reprise down")
+    registering = () if serving else ("reprise deploy              # schedule, form, pushes",)
+    next_commands("reprise run", *registering, "reprise down")
 
 
 def stop_services(*, pipeline: str, place: str) -> None:
     """`reprise down`"""
     from deployments.laptop import Laptop
     from deployments.services import down
+    from flows.trigger_commands import stop_serving
 
     _, settings, _ = where(Order(pipeline=pipeline, place=place))
     runner = Laptop(settings.state / "jobs")
+    served = stop_serving(settings)  # first: its flows tell their trainers to save
     for folder in sorted((settings.state / "jobs").glob("*")):
         runner.stop(folder.name, grace_seconds=settings.spot.grace)
     left = runner.reap()
-    stopped = down(settings.state)
+    stopped = [*served, *down(settings.state)]
     for line in [*left, *(f"stopped {name}" for name in stopped)]:
         say(line)
     if not stopped and not left:

@@ -24,10 +24,16 @@ from deployments.errors import GateRefused, StepError
 from deployments.workload import Workload
 from flows import requests
 from flows.curve import curve_svg
+from flows.notifications import notify
 from flows.plan_page import plan_markdown
+from flows.prefect_api import Prefect
+from flows.prefect_start import remember_flow_run
+from flows.program import run_program
 from flows.run import Run
-from flows.steps import run_program
+from flows.start import run_title
 from tasks.train_model import TrainedModel, progress_of
+
+GRACE_SECONDS = 25.0  # Prefect kills a cancelled flow 30 s after it was told
 
 
 @asynccontextmanager
@@ -37,29 +43,52 @@ async def published(run: Run) -> AsyncIterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        run.update(status="cancelled", ended=time.time(), message=f"cancelled; `reprise resume {run.id}` goes on")
+        _stopped(run)
         raise
     except Exception as error:
         status = "refused" if isinstance(error, GateRefused) else "failed"
         run.update(status=status, ended=time.time(), message=str(error))
         if "train_model" in run.results:
             await _report(run)
+        await _tell(run)
         if not isinstance(error, StepError):
             raise
         get_run_logger().error(str(error))
         raise
     run.update(status="succeeded", ended=time.time(), message="")
     await _report(run)
+    await _tell(run)
+
+
+def _stopped(run: Run) -> None:
+    """Somebody cancelled the run, or its process has to go: the trainer saves, and what comes next is written down."""
+    status, way = "cancelled", f"`reprise resume {run.id}` goes on"
+    if runtime.deployment.id:  # the command stops its workload itself
+        if run.workload:
+            run.runner.stop(run.workload, grace_seconds=min(run.plan.place.spot.grace, GRACE_SECONDS))
+        flow_run = Prefect(url=run.urls["prefect"]).run(str(runtime.flow_run.id)) or {}
+        if (flow_run.get("state") or {}).get("type") not in ("CANCELLING", "CANCELLED"):
+            status, way = "interrupted", f"its process was told to end; {way}"
+    run.update(status=status, ended=time.time(), message=f"{status}; {way}")
+
+
+async def _tell(run: Run) -> None:
+    if problem := await notify(run):
+        get_run_logger().warning(problem)
 
 
 async def _begin(run: Run) -> None:
     flow_run = runtime.flow_run.id
     if flow_run:
+        remember_flow_run(run, flow_run)
+        if runtime.flow_run.name != run_title(run):
+            async with get_client() as client:
+                await client.update_flow_run(UUID(flow_run), name=run_title(run))
         run.document["links"]["prefect_flow_run"] = flow_run
         run.document["links"]["prefect"] = f"{run.urls['prefect']}/runs/flow-run/{flow_run}"
         run.save()
     previous = run.document.get("previous", {}).get("prefect")
-    if previous:
+    if previous and previous != flow_run:
         await _close_previous(run, previous)
     await acreate_markdown_artifact(
         key="plan", markdown=plan_markdown(run.plan), description="What runs, what is reused, and why"

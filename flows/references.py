@@ -1,15 +1,19 @@
 """Environment references and secrets in settings: "${NAME}" is filled in, a secret written out is refused.
 
-A settings file is committed, so a secret has to stay in the environment of the process. Both functions look at plain
-parsed TOML. Not covered: secrets whose form nobody published (a password under an innocent key).
+A settings file is committed, so a secret has to stay in the environment of the process, or in a file of the machine.
+`expand` and `is_literal_secret` look at plain parsed TOML, `secret` looks a reference up. Not covered: secrets whose
+form nobody published (a password under an innocent key).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from deployments.errors import ConfigError
 from flows.toml_lines import KeyPath
 
 _REFERENCE = re.compile(r"\$\{([^}]*)\}?")
@@ -56,3 +60,31 @@ def expand(value: str, environment: Mapping[str, str]) -> str:
         return environment[name]
 
     return _REFERENCE.sub(fill, value)
+
+
+def secret(reference: str, *, what: str, least: int = 1) -> bytes:
+    """The secret that "${NAME}" or "file:/path" refers to, without surrounding blanks. `what` is how messages call it.
+
+    Raises ConfigError for one that is not there, cannot be read, or has fewer than `least` bytes. Never tells it.
+    """
+    if reference.startswith("file:"):
+        path = Path(reference.removeprefix("file:"))
+        try:
+            found = path.read_bytes().strip()
+        except OSError as error:
+            raise ConfigError(f"{what} = {reference!r}: cannot be read ({error.strerror}); expected a file") from None
+    else:
+        name = reference[2:-1]
+        value = os.environ.get(name)
+        if value is None:
+            raise ConfigError(
+                f"{what} = {reference!r}: the environment variable {name} is not set; "
+                f'make one: export {name}="$(openssl rand -hex 32)"'
+            )
+        found = os.fsencode(value).strip()
+    if len(found) < least:
+        raise ConfigError(
+            f"{what} = {reference!r}: the secret has {len(found)} bytes; expected at least {least}, because whoever "
+            "guesses it can start runs; make one: openssl rand -hex 32"
+        )
+    return found

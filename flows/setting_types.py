@@ -1,11 +1,13 @@
 """The kinds of value that settings have: counts, durations, sizes, paths; each refuses what it is not, in words.
 
-Not covered: which keys exist (flows.settings, flows.place_settings).
+A secret is a reference that stays one: it is looked up by whoever needs it, never when the file is read.
+Not covered: which keys exist (flows.settings, flows.place_settings, flows.trigger_settings).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -57,6 +59,16 @@ def _python_file(value: Any) -> Any:
     return value
 
 
+def _reference(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}|file:/[^\0\n]+", value):
+        raise ValueError('expected a reference to a secret, "${NAME}" of the environment or "file:/absolute/path"')
+    return value
+
+
+class Unfilled:
+    """Marks a field whose ${NAME} is not filled in when the file is read."""
+
+
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -69,6 +81,7 @@ DataPath = Annotated[str, BeforeValidator(_relative)]  # may lead up, as long as
 CodePath = Annotated[str, BeforeValidator(_inside)]
 PythonFile = Annotated[str, BeforeValidator(_python_file)]
 Scalar = Annotated[Any, BeforeValidator(_scalar)]
+SecretReference = Annotated[str, BeforeValidator(_reference), Unfilled()]
 
 
 class Section(BaseModel):

@@ -2,7 +2,8 @@
 
 `load_pipeline`, `load_place` and `find_pipeline` are all that others call; every mistake of a file comes back in one
 ConfigError, a line each, with file, line, section, key, value, what was expected and the fix. Names and defaults of all
-keys stand in the models below. Not covered: whether data, module or revision exist (flows.project).
+keys stand in the models below and in flows.trigger_settings. Not covered: whether data, module or revision exist
+(flows.project).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from flows.setting_types import (
     as_tuple,
 )
 from flows.settings_errors import SettingsText, check, read_file, read_toml
+from flows.trigger_settings import DeploySettings, NotifySettings, PushSettings, ScheduleSettings
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
@@ -190,6 +192,10 @@ class _PipelineFile(Section):
     gate: GateSettings = GateSettings()
     serve: ServeSettings = ServeSettings()
     check: CheckSettings = CheckSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    push: PushSettings = PushSettings()
+    deploy: DeploySettings = DeploySettings()
+    notify: NotifySettings = NotifySettings()
 
 
 class PipelineSettings(Section):
@@ -202,6 +208,10 @@ class PipelineSettings(Section):
     gate: GateSettings
     serve: ServeSettings
     check: CheckSettings
+    schedule: ScheduleSettings
+    push: PushSettings
+    deploy: DeploySettings
+    notify: NotifySettings
     file: Path  # where pipeline.toml is, or would be when its text came from a revision
 
     _text: SettingsText | None = PrivateAttr(default=None)
@@ -242,7 +252,7 @@ def load_pipeline(
     text = read_file(source, source_name or str(source), what="a pipeline file") if isinstance(source, Path) else source
     read = read_toml(text, source_name or str(place), overrides, example='[pipeline]\nname = "digits"')
     checked = check(_PipelineFile, read)
-    sections = {name: getattr(checked, name) for name in ("data", "model", "train", "gate", "serve", "check")}
+    sections = {name: getattr(checked, name) for name in _PipelineFile.model_fields if name != "pipeline"}
     settings = PipelineSettings(name=checked.pipeline.name, file=place.absolute(), **sections)
     settings._text = read
     return settings

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from deployments.errors import ConfigError
 from flows.references import expand, is_literal_secret
+from flows.setting_types import Unfilled
 from flows.toml_lines import KeyPath, key_lines
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -40,6 +41,7 @@ _EXPECTED = {
     "less_than_equal": "expected a number of at most {le}",
     "literal_error": "expected {expected}",
     "string_too_short": "expected some text",
+    "too_short": "expected at least one",
     "tuple_type": 'expected a list such as ["a", "b"]',
     "dict_type": "expected a table of keys and values",
     "model_type": "expected a section of keys and values",
@@ -102,7 +104,7 @@ def read_toml(text: str, name: str, overrides: Sequence[str], *, example: str) -
 def check(model: type[Model], read: SettingsText) -> Model:
     """The settings as `model`, environment references filled in. Raises ConfigError with every mistake, a line each."""
     problems: dict[KeyPath, Problem] = {}
-    values = _filled(read, read.raw, (), problems)
+    values = _filled(model, read, read.raw, (), problems)
     checked: Model | None = None
     try:
         checked = model.model_validate(values)
@@ -120,12 +122,14 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
-def _filled(read: SettingsText, value: Any, path: KeyPath, problems: dict[KeyPath, Problem]) -> Any:
+def _filled(
+    model: type[BaseModel], read: SettingsText, value: Any, path: KeyPath, problems: dict[KeyPath, Problem]
+) -> Any:
     if isinstance(value, Mapping):
-        return {k: _filled(read, v, (*path, k), problems) for k, v in value.items()}
+        return {k: _filled(model, read, v, (*path, k), problems) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(read, v, (*path, i), problems) for i, v in enumerate(value)]
-    if not isinstance(value, str):
+        return [_filled(model, read, v, (*path, i), problems) for i, v in enumerate(value)]
+    if not isinstance(value, str) or _stays(model, path):
         return value
     if is_literal_secret(path, value):
         variable = re.sub(r"\W", "_", str(next(p for p in reversed(path) if isinstance(p, str)))).upper()
@@ -138,6 +142,13 @@ def _filled(read: SettingsText, value: Any, path: KeyPath, problems: dict[KeyPat
     except ValueError as error:
         problems[path] = read.say(path, str(error))
         return value
+
+
+def _stays(model: type[BaseModel], path: KeyPath) -> bool:
+    """Whether the field keeps its reference to a secret as it is written."""
+    home = _model_at(model, path[:-1]) if path else None
+    field_info = home.model_fields.get(str(path[-1])) if home else None
+    return field_info is not None and any(isinstance(mark, Unfilled) for mark in field_info.metadata)
 
 
 def _explain(model: type[BaseModel], read: SettingsText, error: ErrorDetails) -> Problem:

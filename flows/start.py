@@ -18,7 +18,7 @@ from flows.module_check import check_module
 from flows.plan import Plan, make_plan
 from flows.project import Project
 from flows.run import Event, Run, open_run
-from flows.services import ensure_services, service_urls
+from flows.services import service_urls
 from flows.settings import PipelineSettings, PlaceSettings, find_pipeline, load_pipeline, load_place
 from tasks.records import Store
 
@@ -58,10 +58,18 @@ class Prepared:
 prepared_run: ContextVar[Run | None] = ContextVar("prepared_run", default=None)
 
 
+def run_title(run: Run) -> str:
+    """What the flow run is called in Prefect: run, commit, cause."""
+    return f"{run.id} {run.plan.git_sha[:7]} {run.document['cause']}"
+
+
 def run_name() -> str:
-    """The name of the flow run in Prefect: the run's own when the command has begun it."""
-    run = prepared_run.get()
-    return run.id if run else "retrain"
+    """The name of the flow run in Prefect; one that Prefect starts keeps the name it was given until its run begins."""
+    if (run := prepared_run.get()) is not None:
+        return run_title(run)
+    from prefect import runtime
+
+    return str(runtime.flow_run.name or "retrain")
 
 
 def where(order: Order) -> tuple[Path, PlaceSettings, Store]:
@@ -123,15 +131,3 @@ def begin(prepared: Prepared, plan: Plan, *, on_event: Event = lambda kind, fiel
             yield run
         finally:
             prepared_run.reset(token)
-
-
-@contextmanager
-def current_run(order: Order) -> Iterator[Run]:
-    """The run that the command has begun, or, when Prefect started the flow by itself, a new one."""
-    if (run := prepared_run.get()) is not None:
-        yield run
-        return
-    prepared = prepare(order)
-    ensure_services(prepared.place)
-    with begin(prepared, prepared.plan()) as run:
-        yield run

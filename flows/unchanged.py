@@ -13,6 +13,7 @@ from typing import Any
 
 from flows.plan_page import plan_markdown
 from flows.run import Run
+from flows.start import run_title
 
 TIMEOUT_SECONDS = 3.0
 
@@ -26,7 +27,7 @@ def record_unchanged(run: Run) -> str:
             f"{api}/flow_runs/",
             {
                 "flow_id": flow["id"],
-                "name": run.id,
+                "name": run_title(run),
                 "parameters": {"rev": run.document["rev"], "cause": run.document["cause"]},
                 "state": {"type": "COMPLETED", "name": "Unchanged", "message": "Every step is reused."},
                 "tags": [run.plan.pipeline.name, "unchanged"],

@@ -1,0 +1,64 @@
+"""A person between the trained model and its rollout: `[deploy] approval = true`, answered in Prefect's UI.
+
+A run that Prefect started is suspended: its process ends, nothing is held, and Prefect starts it again when somebody
+answers; the steps before are reused by their keys. A run of the command has no deployment to come back through, so it
+waits. The answer is kept in the store by the step's key: a killed run does not ask twice. Not covered: the gate, which
+has spoken before (tasks.gate), and who may answer (Prefect's own access control).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prefect import runtime
+from prefect.flow_runs import apause_flow_run, asuspend_flow_run
+from prefect.input import RunInput
+from pydantic import Field
+
+from deployments.errors import GateRefused
+from flows.run import Run
+from tasks.register_model import RegisteredModel
+
+
+class Approval(RunInput):
+    """What Prefect's UI asks for."""
+
+    decision: Literal["deploy", "refuse"] = Field(
+        default="deploy", title="Decision", description="deploy: into service; refuse: the old version goes on."
+    )
+    comment: str = Field(default="", title="Comment", description="Kept with the run.", max_length=2000)
+
+
+async def approved(run: Run, model: RegisteredModel) -> None:
+    """Wait for a person if the pipeline asks for one. Raises GateRefused for a no, or where a newer version serves."""
+    step, deploy = run.plan.steps["deploy_model"], run.plan.pipeline.deploy
+    if not deploy.approval or step.reused:
+        return
+    record = f"approvals/{step.key}"
+    answer = run.store.read(record)
+    if answer is None:
+        given = await _ask(run, model, step.key, int(deploy.approval_within))
+        answer = {"decision": given.decision, "comment": given.comment, "run": run.id}
+        run.store.write(record, answer)
+    run.update(status="running", message="", approval=answer)
+    if answer["decision"] == "refuse":
+        said = f": {answer['comment']}" if answer["comment"] else ""
+        raise GateRefused(f"version {model.version} of {run.plan.pipeline.name} was refused by a person{said}")
+    serving = ((run.store.read(f"endpoints/{run.plan.pipeline.name}") or {}).get("serving") or {}).get("version", "0")
+    if int(serving) > int(model.version):
+        raise GateRefused(
+            f"version {model.version} of {run.plan.pipeline.name} was approved, but the newer version {serving} is in "
+            "service by now; put the older one back with: reprise rollback --to " + model.version
+        )
+
+
+async def _ask(run: Run, model: RegisteredModel, key: str, seconds: int) -> Approval:
+    where = run.document["links"].get("prefect", run.urls["prefect"])
+    run.update(status="waiting", message=f"version {model.version} waits for approval: {where}")
+    run.event("line", step="deploy_model", line=f"deploy_model: waits for approval of version {model.version}: {where}")
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(run.document["metrics"].items()))
+    what = f"**{run.plan.pipeline.name}** version {model.version}: {numbers}. [The version]({model.model_url})"
+    asked = Approval.with_initial_data(description=what)
+    if runtime.deployment.id:
+        return await asuspend_flow_run(wait_for_input=asked, timeout=seconds, key=f"deploy-{key[:12]}")
+    return await apause_flow_run(wait_for_input=asked, timeout=seconds, poll_interval=2, key=f"deploy-{key[:12]}")

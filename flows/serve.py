@@ -1,0 +1,116 @@
+"""`reprise serve`: the process that runs what Prefect schedules, and looks after it.
+
+    reprise serve               # in the foreground; `reprise up` keeps it as a service once `reprise deploy` was run
+
+A worker of the process pool starts each flow run as a process of its own. Beside it two small loops: one decides pushes
+that wait, one looks for flows that died (flows.zombies). Killed, it loses nothing: runs go on without it, late ones
+start when it is back. Not covered: a cluster, where Prefect's Kubernetes worker starts flows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from deployments.errors import StepError
+from deployments.processes import SERVICE_MARK
+from deployments.service_launches import Service
+from flows.display import say
+from flows.prefect_api import Prefect
+from flows.push_handover import Target, drain_forever, open_target
+from flows.services import prefect_environment
+from flows.settings import PlaceSettings
+from flows.triggers import pool_name
+from flows.zombies import sweep
+from tasks.records import Store
+
+SWEEP_SECONDS = 5.0
+POLL_SECONDS = 2.0  # how soon a scheduled run is noticed
+
+
+def serve(pipeline: str, place: str) -> None:
+    """Run until SIGTERM or Ctrl-C. Raises TryAgain if Prefect is not there."""
+    target = open_target(pipeline, place)
+    target.prefect.call("GET", "/health")
+    # Flows and trainers that are started from here must not be taken for parts of this service.
+    os.environ.pop(SERVICE_MARK, None)
+    prefect_environment(target.place)
+    os.environ["PREFECT_WORKER_QUERY_SECONDS"] = str(POLL_SECONDS)
+    stop = threading.Event()
+    loops = [
+        threading.Thread(target=drain_forever, args=(target, stop.wait, say), daemon=True),
+        threading.Thread(target=_look_after, args=(target, stop.wait), daemon=True),
+    ]
+    for loop in loops:
+        loop.start()
+    say(f"serving {target.name}: {target.prefect.url}/deployments")
+    try:
+        asyncio.run(_work(target.place))
+    finally:
+        stop.set()
+
+
+async def _work(place: PlaceSettings) -> None:
+    """Prefect's worker until somebody ends it; a server that is away for longer than it bears is waited for."""
+    from prefect.workers.process import ProcessWorker
+
+    me = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Cancelled, the worker tells its flows to end, and waits for them: their trainers save.
+        loop.add_signal_handler(number, lambda: me.cancel() if me else None)
+    while True:
+        try:
+            await ProcessWorker(work_pool_name=pool_name(place), name=f"reprise-{socket.gethostname()}").start()
+        except asyncio.CancelledError:
+            return
+        except Exception as error:
+            say(f"the worker ended: {error}; it starts again")
+        await asyncio.sleep(SWEEP_SECONDS)
+
+
+def _look_after(target: Target, stopped: Callable[[float], bool]) -> None:
+    """Find dead flows until told to stop. Survives whatever goes wrong."""
+    store, told = Store(root=str(target.place.state / "store")), ""
+    while not stopped(SWEEP_SECONDS):
+        try:
+            deployment = target.prefect.deployment(target.name)
+            for line in sweep(target.prefect, store, deployment["id"] if deployment else ""):
+                say(line)
+            told = ""
+        except Exception as error:  # a bad look must not end the service
+            if str(error) != told:
+                told = str(error)
+                say(f"looking for dead flows: {told}")
+
+
+def worker_service(pipeline: Path, place: PlaceSettings) -> Service:
+    """`reprise serve` as a service of the laptop."""
+    folder = place.state.resolve() / "services" / "worker"
+    argv = [sys.executable, "-P", "-m", "flows", "serve", "--pipeline", str(pipeline), "--place", str(place.file)]
+    return Service(
+        name="worker",
+        folder=folder,
+        ports={},
+        command=lambda: (argv, dict(os.environ), pipeline.parent),
+        health=(),
+    )
+
+
+def ensure_worker(pipeline: Path, name: str, place: PlaceSettings, prefect: Prefect) -> bool:
+    """Start the worker if the pipeline is registered and none runs; whether one runs now. Raises PreflightError."""
+    from deployments.services import start_all
+
+    try:
+        if prefect.deployment(name) is None:
+            return False
+    except StepError:
+        return False
+    start_all([worker_service(pipeline, place)])
+    return True

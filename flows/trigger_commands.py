@@ -1,0 +1,131 @@
+"""`reprise deploy`, `reprise hook ...`, and the worker that `up` starts and `down` ends.
+
+Not covered: what they do (flows.triggers, flows.push_receiver, flows.push_handover, flows.serve), and parsing
+(flows.__main__).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.display import ago, next_commands, say, show_json, table
+from flows.settings import PlaceSettings, load_pipeline
+from flows.start import Order, where
+
+if TYPE_CHECKING:
+    from flows.push_queue import Entry
+
+WORKER_STOP_SECONDS = 28.0  # a trainer that saves first needs its grace
+
+
+def deploy_pipeline(*, pipeline: str, place: str, render_only: bool, as_json: bool) -> None:
+    """`reprise deploy`"""
+    from flows.triggers import pool_name, register, render
+
+    file, settings, _ = where(Order(pipeline=pipeline, place=place))
+    loaded = load_pipeline(file)
+    if render_only:
+        print(render(loaded, settings), end="")
+        return
+    deployment = register(loaded, settings)
+    ensure_serving(file, settings)
+    url = f"http://127.0.0.1:{settings.ports.prefect}/deployments/deployment/{deployment}"
+    schedule = loaded.schedule
+    timed = f"{schedule.cron} {schedule.timezone}{' (paused)' if schedule.paused else ''}" if schedule.cron else "none"
+    if as_json:
+        show_json({"deployment": deployment, "url": url, "schedule": timed, "work_pool": pool_name(settings)})
+        return
+    say(f"retrain/{loaded.name} is registered: {url}")
+    say(f"schedule    {timed}")
+    say(f"overlap     {schedule.overlap}: one run of a pipeline at a time")
+    say(f"form        {url}?tab=Details, button Run")
+    next_commands("reprise hook serve           # retrain on git push", "reprise runs")
+
+
+def ensure_serving(file: Path, place: PlaceSettings) -> bool:
+    """Start the worker if the pipeline is registered; whether it runs."""
+    from flows.prefect_api import Prefect
+    from flows.serve import ensure_worker
+    from flows.services import service_urls
+
+    return ensure_worker(file, load_pipeline(file).name, place, Prefect(url=service_urls(place)["prefect"]))
+
+
+def stop_serving(place: PlaceSettings) -> list[str]:
+    """End the worker, its flows first; returns the names of what ran."""
+    from deployments.services import down
+
+    return down(place.state, only=["worker"], grace_seconds=WORKER_STOP_SECONDS)
+
+
+def receive_pushes(*, pipelines: Sequence[str], place: str, host: str, port: int) -> None:
+    """`reprise hook serve`"""
+    import uvicorn
+
+    from flows.push_handover import open_target
+    from flows.push_receiver import guard, make_app
+
+    guarded = guard([open_target(pipeline, place) for pipeline in pipelines])
+    for one in guarded:
+        push = one.target.settings.push
+        say(f"{one.target.name}: pushes of {push.repository}, branches {', '.join(push.branches)}")
+    say(f"receiving at http://{host}:{port}/push")
+    uvicorn.run(
+        make_app(guarded, tell=say),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        limit_concurrency=500,
+    )
+
+
+def push_from_hook(before: str, after: str, ref: str, *, wait: float, pipeline: str, place: str, as_json: bool) -> None:
+    """`reprise hook push`"""
+    from flows.push_handover import local_push, open_target, sentence, wait_for
+
+    target = open_target(pipeline, place)
+    push, why = local_push(target, before, after, ref)
+    if push is None:
+        show_json({"state": "ignored", "reason": why}) if as_json else say(f"{target.name}: ignored, because {why}")
+        return
+    push_id, _ = target.queue.add(push)
+    entry = wait_for(target, push_id, wait)
+    if as_json:
+        show_json(asdict(entry))
+        return
+    say(f"{target.name}: {sentence(entry)}")
+    if entry.state == "waiting":
+        say("it is kept: `reprise serve` or `reprise hook serve` hands it over")
+
+
+def list_pushes(*, pipeline: str, place: str, as_json: bool) -> None:
+    """`reprise hook list`"""
+    from flows.push_handover import open_target
+
+    entries: list[Entry] = open_target(pipeline, place).queue.entries()
+    if as_json:
+        show_json([asdict(entry) for entry in entries])
+        return
+    if not entries:
+        say("no push yet")
+        return
+    rows = [
+        [
+            ago(e.received),
+            e.push.branch,
+            e.push.after[:7],
+            e.push.source,
+            e.state,
+            e.action,
+            e.reason or (f"{time.time() - e.received:.0f} s" if e.state == "waiting" else ""),
+        ]
+        for e in reversed(entries)
+    ]
+    table(["received", "branch", "commit", "from", "state", "asks for", "why"], rows)

@@ -1,0 +1,155 @@
+"""A pipeline registered with Prefect: its schedule, its parameter form, one run at a time, a watch for the dead.
+
+    reprise deploy                      # again after each change of [schedule] or of [train]
+    reprise deploy --render             # the same as a prefect.yaml for stock `prefect deploy`
+
+Runs are started by a worker of the process pool `reprise-<place>` (flows.serve). A run that is late, because no worker
+ran, starts when one does; runs that a sleeping server missed are not made up for. Not covered: git pushes
+(flows.push_receiver), the flow itself (flows.retrain).
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+from flows.fetch import branches
+from flows.form import form
+from flows.prefect_api import FLOW, Prefect
+from flows.project import Project
+from flows.services import service_urls
+from flows.settings import PipelineSettings, PlaceSettings
+
+ENTRYPOINT = "flows.retrain.retrain"
+HEARTBEAT_SECONDS = 30  # the least that Prefect takes
+SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
+AUTOMATION = "reprise: a flow without heartbeat has crashed"
+OVERLAP = {"wait": "ENQUEUE", "skip": "CANCEL_NEW"}
+
+
+def pool_name(place: PlaceSettings) -> str:
+    """The work pool whose worker runs a place's flows."""
+    return f"reprise-{place.kind}"
+
+
+def register(pipeline: PipelineSettings, place: PlaceSettings) -> str:
+    """Create or renew the deployment `retrain/<pipeline>`; returns its id. Raises TryAgain without a server."""
+    prefect = Prefect(url=service_urls(place)["prefect"])
+    if prefect.find(f"/work_pools/{pool_name(place)}") is None:
+        # Its worker fills in the template of the process type when it starts.
+        prefect.call("POST", "/work_pools/", {"name": pool_name(place), "type": "process", "base_job_template": {}})
+    flow = prefect.call("POST", "/flows/", {"name": FLOW})
+    made = prefect.call("POST", "/deployments/", {"flow_id": flow["id"], **deployment(pipeline, place)})
+    _install_automation(prefect)
+    return str(made["id"])
+
+
+def deployment(pipeline: PipelineSettings, place: PlaceSettings) -> dict[str, Any]:
+    """The deployment as Prefect's API takes it."""
+    schedule, folder = pipeline.schedule, str(pipeline.folder)
+    timed = {
+        "slug": "cron",
+        "schedule": {"cron": schedule.cron, "timezone": schedule.timezone},
+        "active": not schedule.paused,
+        "parameters": {"rev": schedule.rev, "cause": "schedule"},
+    }
+    return {
+        "name": pipeline.name,
+        "description": f"Retrain `{pipeline.name}`: pull, train, register, package, deploy, check. "
+        "Whatever is done for the same inputs is reused.",
+        "tags": ["reprise", pipeline.name],
+        "entrypoint": ENTRYPOINT,
+        # Not `path`: Prefect would copy that whole folder at every run.
+        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": folder}}],
+        "work_pool_name": pool_name(place),
+        "job_variables": {
+            # -P: a folder of the user's that is called flows must not be taken for ours.
+            "command": f"{shlex.quote(sys.executable)} -P -m prefect.engine",
+            "working_dir": folder,
+            "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
+        },
+        "parameters": {"pipeline": str(pipeline.file), "place": _place_name(place)},
+        "parameter_openapi_schema": form(
+            pipeline, place=_place_name(place), revs=["HEAD", *branches(Project(pipeline.folder))]
+        ),
+        "enforce_parameter_schema": True,
+        "schedules": [timed] if schedule.cron else [],
+        "concurrency_limit": 1,
+        "concurrency_options": {"collision_strategy": OVERLAP[schedule.overlap]},
+    }
+
+
+def _place_name(place: PlaceSettings) -> str:
+    """As `load_place` takes it."""
+    shipped_or_beside = place.file.name == f"{place.kind}.toml"
+    return place.kind if shipped_or_beside else str(place.file)
+
+
+def _install_automation(prefect: Prefect) -> None:
+    """A run whose process vanished with its machine stays Running; Prefect marks it once its heartbeats stop."""
+    wanted = {"automations": {"name": {"any_": [AUTOMATION]}}}
+    found = prefect.call("POST", "/automations/filter", wanted)
+    ends = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Paused", "AwaitingRetry", "Superseded")
+    body = {
+        "name": AUTOMATION,
+        "description": f"No heartbeat for {SILENCE_SECONDS} s. `reprise serve` resumes it once.",
+        "enabled": True,
+        "trigger": {
+            "type": "event",
+            "posture": "Proactive",
+            "match": {"prefect.resource.id": "prefect.flow-run.*"},
+            "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.reprise"},
+            "for_each": ["prefect.resource.id"],
+            "after": ["prefect.flow-run.heartbeat"],
+            "expect": ["prefect.flow-run.heartbeat", *(f"prefect.flow-run.{name}" for name in ends)],
+            "threshold": 1,
+            "within": SILENCE_SECONDS,
+        },
+        "actions": [
+            {
+                "type": "change-flow-run-state",
+                "state": "CRASHED",
+                "name": "Crashed",
+                "message": f"No heartbeat for {SILENCE_SECONDS} s: its process is gone.",
+            }
+        ],
+    }
+    if found:
+        prefect.call("PUT", f"/automations/{found[0]['id']}", body)
+    else:
+        prefect.call("POST", "/automations/", body)
+
+
+def render(pipeline: PipelineSettings, place: PlaceSettings) -> str:
+    """The prefect.yaml of this pipeline, for `prefect deploy --prefect-file FILE --all`."""
+    import yaml
+
+    made = deployment(pipeline, place)
+    schedules = [
+        {
+            "cron": s["schedule"]["cron"],
+            "timezone": s["schedule"]["timezone"],
+            "active": s["active"],
+            "slug": s["slug"],
+            "parameters": s["parameters"],
+        }
+        for s in made["schedules"]
+    ]
+    document = {
+        "name": "reprise",
+        "pull": made["pull_steps"],
+        "deployments": [
+            {
+                "name": made["name"],
+                "description": made["description"],
+                "tags": made["tags"],
+                "entrypoint": ENTRYPOINT,
+                "parameters": made["parameters"],
+                "schedules": schedules,
+                "concurrency_limit": {"limit": 1, **made["concurrency_options"]},
+                "work_pool": {"name": made["work_pool_name"], "job_variables": made["job_variables"]},
+            }
+        ],
+    }
+    return str(yaml.safe_dump(document, sort_keys=False, width=120))

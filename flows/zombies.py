@@ -1,0 +1,100 @@
+"""Flows that died without a word: found, marked in Prefect, and resumed once.
+
+A running flow holds a lock that dies with its process (flows.prefect_start); a flow run that Prefect calls running
+while nobody holds its lock is dead. It becomes Crashed, and, if Prefect started it, scheduled once more: it goes on
+where it was. `reprise serve` looks every few seconds; where the flow's machine is another one, Prefect's automation
+marks it by its heartbeats (flows.triggers) and the next look resumes it. Not covered: trainers (flows resume those).
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flows.prefect_api import Prefect
+from flows.prefect_start import flow_lock, run_of
+from tasks.records import Store
+
+YOUNG_SECONDS = {"RUNNING": 30.0, "PENDING": 120.0, "CANCELLING": 30.0}  # from a state to the lock, on a busy machine
+FORGOTTEN_SECONDS = 86_400.0  # an older crash is history
+REVIVALS = 1
+Verdict = Literal["leave", "mark", "resume", "cancel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """A flow run as Prefect and the store tell of it."""
+
+    state: str  # Prefect's state type
+    age_seconds: float  # of the state
+    alive: bool  # its lock is held
+    known: bool  # a run document of it exists
+    unfinished: bool  # that document says running, or interrupted
+    deployed: bool  # Prefect can start it again
+    revivals: int
+
+
+def judge(seen: Sighting) -> Verdict:
+    """What to do about a flow run. Pure."""
+    if seen.alive:
+        return "leave"
+    if seen.state == "CRASHED":
+        again = seen.deployed and seen.revivals < REVIVALS and seen.age_seconds < FORGOTTEN_SECONDS
+        return "resume" if again and (seen.unfinished or not seen.known) else "leave"
+    if seen.state not in YOUNG_SECONDS:
+        return "leave"
+    sure = seen.known and seen.unfinished and seen.state == "RUNNING"  # it had its lock, and lost it
+    if seen.age_seconds < (2.0 if sure else YOUNG_SECONDS[seen.state]):
+        return "leave"
+    if seen.state == "CANCELLING":
+        return "cancel"
+    return "resume" if seen.deployed and seen.revivals < REVIVALS else "mark"
+
+
+def sweep(prefect: Prefect, store: Store, deployment: str) -> list[str]:
+    """Look once at each flow run of this store that could be dead; returns what was done, a sentence each.
+
+    `deployment` is the id of the store's pipeline. Others' runs on the same server are none of ours: only their own
+    store has their locks. Raises TryAgain without a server.
+    """
+    done = []
+    for flow_run in prefect.runs(states=["RUNNING", "PENDING", "CANCELLING", "CRASHED"]):
+        seen = _look(store, flow_run)
+        if flow_run.get("deployment_id") != deployment and not seen.known:
+            continue
+        verdict = judge(seen)
+        if verdict != "leave":
+            done.append(_act(prefect, store, flow_run, verdict))
+    return done
+
+
+def _look(store: Store, flow_run: dict[str, Any]) -> Sighting:
+    document = run_of(store, flow_run["id"])
+    since = datetime.datetime.fromisoformat(flow_run["state"]["timestamp"])
+    return Sighting(
+        state=flow_run["state"]["type"],
+        age_seconds=time.time() - since.timestamp(),
+        alive=store.held(flow_lock(flow_run["id"])) or (document is not None and store.held(f"run-{document['run']}")),
+        known=document is not None,
+        unfinished=document is not None and document["status"] in ("running", "interrupted"),
+        deployed=bool(flow_run.get("deployment_id")),
+        revivals=int((store.read(f"revivals/{flow_run['id']}") or {}).get("count", 0)),
+    )
+
+
+def _act(prefect: Prefect, store: Store, flow_run: dict[str, Any], verdict: Verdict) -> str:
+    name, flow_id = flow_run["name"], flow_run["id"]
+    if verdict == "cancel":
+        prefect.set_state(flow_id, "CANCELLED", "Cancelled", "Its process was gone already.")
+        return f"{name}: was gone when it was cancelled"
+    if flow_run["state"]["type"] != "CRASHED":
+        # Not forced: only an orchestrated transition gives the concurrency slot back.
+        prefect.set_state(flow_id, "CRASHED", "Crashed", "Its process died without a word.")
+    if verdict == "mark":
+        return f"{name}: its process died; marked as crashed"
+    revivals = int((store.read(f"revivals/{flow_id}") or {}).get("count", 0)) + 1
+    store.write(f"revivals/{flow_id}", {"count": revivals, "at": time.time()})  # first: once, whatever comes
+    prefect.set_state(flow_id, "SCHEDULED", "AwaitingRetry", "Resumed after its process died.", force=True)
+    return f"{name}: its process died; resumed"
