@@ -158,6 +158,74 @@ def rollback(
     roll_back(Order(pipeline=pipeline, place=place, cause="rollback"), to, as_json=json)
 
 
+@app.command(name="verify-resume")
+def verify_resume(
+    *,
+    kills: Annotated[int, Parameter(help="How many, at random moments.")] = 10,
+    seed: Annotated[int, Parameter(help="Of the kills.")] = 0,
+    pipeline: Pipeline = "",
+    rev: Rev = "HEAD",
+    set: Set = (),
+    place: Place = "laptop",
+    json: Json = False,
+) -> None:
+    """Prove that interruptions change nothing: the certificate that a gate may require."""
+    from flows.model_commands import prove_resume
+    from flows.start import Order
+
+    order = Order(pipeline=pipeline, rev=rev, overrides=set, place=place)
+    prove_resume(order, kills=kills, seed=seed, as_json=json)
+
+
+@app.command
+def trace(what: str = "", /, *, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """From a model version, alias or endpoint (default: what is in service) to its run, attempts, data and commit."""
+    from flows.model_commands import show_trace
+    from flows.start import Order
+
+    show_trace(Order(pipeline=pipeline, place=place), what, as_json=json)
+
+
+@app.command(name="who-uses")
+def who_uses(digest: str, /, *, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """The model versions that were trained on these data (a DVC digest or its first digits)."""
+    from flows.model_commands import show_uses
+    from flows.start import Order
+
+    show_uses(Order(pipeline=pipeline, place=place), digest, as_json=json)
+
+
+@app.command
+def audit(
+    *,
+    repair: Annotated[bool, Parameter(negative="", help="Make them agree.")] = False,
+    pipeline: Pipeline = "",
+    place: Place = "laptop",
+    json: Json = False,
+) -> None:
+    """Whether alias, endpoint and archive say the same."""
+    from flows.model_commands import audit as audit_endpoint
+    from flows.start import Order
+
+    audit_endpoint(Order(pipeline=pipeline, place=place), repair=repair, as_json=json)
+
+
+@app.command(name="tune-serving")
+def tune_serving(
+    *,
+    concurrency: Annotated[int, Parameter(help="Clients at once.")] = 16,
+    seconds: Annotated[float, Parameter(help="Load per setting.")] = 5.0,
+    pipeline: Pipeline = "",
+    place: Place = "laptop",
+    json: Json = False,
+) -> None:
+    """Measure batch size, delay and workers for the model in service; writes [serve] and its curve."""
+    from flows.model_commands import tune
+    from flows.start import Order
+
+    tune(Order(pipeline=pipeline, place=place), concurrency=concurrency, seconds=seconds, as_json=json)
+
+
 @app.command
 def doctor(*, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
     """What is missing here, and the command that mends it."""

@@ -39,14 +39,13 @@ def pull(run: Run) -> PullRequest:
     )
 
 
-def train(run: Run, data: PulledData) -> TrainRequest:
-    """The training on that data, with the code of the run's commit."""
+def train_spec(run: Run, data: PulledData) -> TrainSpec:
+    """What decides the weights: the data, the code of the run's commit, [train]; and where things are."""
     plan, settings = run.plan, run.plan.pipeline.train
     key = plan.steps["train_model"].key
     folder = run.store.path / "trainings" / key
     policy = settings.checkpoint
-    resources = plan.place.resources.train_model
-    spec = TrainSpec(
+    return TrainSpec(
         key=key,
         pipeline=plan.pipeline.name,
         module=str(exported_code(run) / plan.pipeline.model.module),
@@ -79,8 +78,14 @@ def train(run: Run, data: PulledData) -> TrainRequest:
         mlflow_uri=run.urls["mlflow"],
         progress=str(folder / "progress.jsonl"),
     )
+
+
+def train(run: Run, data: PulledData) -> TrainRequest:
+    """The training on that data, and how it is run."""
+    plan, settings = run.plan, run.plan.pipeline.train
+    resources = plan.place.resources.train_model
     return TrainRequest(
-        spec=spec,
+        spec=train_spec(run, data),
         experiment=plan.pipeline.name,
         workers=settings.workers,
         interruptions=settings.interruptions,
@@ -106,10 +111,15 @@ def exported_code(run: Run) -> Path:
     return folder / project.prefix
 
 
+def certificate_path(run: Run) -> Path:
+    """Where `reprise verify-resume` leaves the proof for this training."""
+    return run.store.path / "trainings" / run.plan.steps["train_model"].key / "certificate.json"
+
+
 def register(run: Run, data: PulledData, training: TrainedModel, champion: dict[str, Any] | None) -> RegisterRequest:
     """The trained model and its numbers, for the gate and the registry."""
     plan = run.plan
-    code = exported_code(run)
+    code, certificate = exported_code(run), certificate_path(run)
     lineage = {
         "git_sha": plan.git_sha,
         "data_digest": plan.data.digest,
@@ -137,6 +147,7 @@ def register(run: Run, data: PulledData, training: TrainedModel, champion: dict[
         champion=champion,
         gate=plan.pipeline.gate.model_dump(),
         lineage=lineage,
+        certificate=str(certificate) if certificate.exists() else "",
         lock_folder=str(run.store.path),
     )
 

@@ -23,12 +23,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from deployments.errors import WORDS, GiveUp, TryAgain
-from deployments.workload import Outcome, Resources, Workload
+from deployments.errors import TryAgain
+from flows.program import run_program, step_workload
 from flows.run import Run
 from flows.tail import following
 from tasks.records import Attempt
-from tasks.step import EXIT_TRY_AGAIN, from_json
+from tasks.step import from_json
 from tasks.train_model import TrainedModel, TrainRequest, train_model
 
 Result = TypeVar("Result")
@@ -84,39 +84,8 @@ def _execute(run: Run, name: str, request: Any) -> tuple[dict[str, Any], float]:
     """The step's work, in a thread: returns its result as JSON and its own seconds."""
     if name == "train_model":
         return _drive_training(run, request)
-    workload = Workload(
-        # Of this run: a killed flow adopts what it started, and an older run's outcome is no answer to a new question.
-        name=f"{name.replace('_', '-')}-{run.plan.steps[name].key[:12]}-{run.number}",
-        image="step",
-        command=("python", "-m", "tasks.step", name, "{request}", "{result}"),
-        request=asdict(request),
-        resources=Resources(),
-        labels={"run": run.id, "pipeline": run.plan.pipeline.name, "step": name},
-    )
-    document = run_program(run, workload, name)
+    document = run_program(run, step_workload(run, name, request), name)
     return document["result"], float(document["seconds"])
-
-
-def run_program(run: Run, workload: Workload, step: str) -> dict[str, Any]:
-    """Run a step program on the run's runner; returns its result document or raises its error."""
-    run.workload = workload.name
-    try:
-        outcome = run.runner.run(workload, on_line=lambda line: run.event("line", step=step, line=line))
-    finally:
-        run.workload = ""
-    return _judge(outcome, step)
-
-
-def _judge(outcome: Outcome, step: str) -> dict[str, Any]:
-    document = outcome.result or {}
-    if outcome.cause == "cancelled":
-        raise GiveUp(f"{step}: cancelled")
-    if outcome.exit_code == 0 and document.get("ok"):
-        return document
-    if error := document.get("error"):
-        raise WORDS.get(error["type"], GiveUp)(error["message"])
-    kind = TryAgain if outcome.exit_code in (None, EXIT_TRY_AGAIN) or outcome.exit_code >= 128 else GiveUp
-    raise kind(f"{step}: {outcome.reason}; its log is {outcome.log}")
 
 
 def _drive_training(run: Run, request: TrainRequest) -> tuple[dict[str, Any], float]:

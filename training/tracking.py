@@ -92,6 +92,11 @@ def set_tags(uri: str, run: str, tags: Mapping[str, str]) -> None:
     _ask(uri, "runs/log-batch", {"run_id": run, "tags": [{"key": k, "value": v} for k, v in tags.items()]})
 
 
+def set_version_tag(uri: str, model: str, version: str, key: str, value: str) -> None:
+    """Put a tag on a registered model version. Raises TrackingUnavailable, TrackingRefused."""
+    _ask(uri, "model-versions/set-tag", {"name": model, "version": version, "key": key, "value": value})
+
+
 def last_steps(uri: str, run: str) -> dict[str, int]:
     """The last step that the server has of each metric: its high-water marks."""
     query = urllib.parse.urlencode({"run_id": run})

@@ -89,12 +89,12 @@ def reprise(folder: Path, env: dict[str, str], port: int) -> tuple[Peer, Callabl
 
     def overhead() -> float:
         seed[0] += 1
-        wall, document = run("--set", f"train.seed={seed[0]}")
+        wall, document = run("--set", f"train.seed={seed[0]}", "--set", "gate.tolerance=1")
         own = sum(float(step["seconds"]) for step in document["steps"])  # type: ignore[attr-defined]
         return wall - own - float(document.get("report_seconds", 0.0))  # type: ignore[arg-type]
 
     def unchanged() -> float:
-        wall, document = run("--set", f"train.seed={seed[0]}")
+        wall, document = run("--set", f"train.seed={seed[0]}", "--set", "gate.tolerance=1")
         assert document["status"] == "unchanged", document["status"]
         return wall
 
@@ -107,9 +107,9 @@ def reprise(folder: Path, env: dict[str, str], port: int) -> tuple[Peer, Callabl
 def prefect(folder: Path, env: dict[str, str], api: str) -> Peer:
     """Bare Prefect on the same running server."""
     folder.mkdir()
-    (folder / "six.py").write_text(PREFECT)
+    (folder / "pipeline.py").write_text(PREFECT)
     env = {**env, "PREFECT_API_URL": api, "PREFECT_LOCAL_STORAGE_PATH": str(folder / "results")}
-    argv = [sys.executable, "six.py"]
+    argv = [sys.executable, "pipeline.py"]
 
     def warm() -> float:
         return timed(argv, folder, env)
@@ -145,10 +145,10 @@ def metaflow(folder: Path, env: dict[str, str], packages: Path) -> Peer | None:
     if not (packages / "metaflow").is_dir():
         return None
     folder.mkdir()
-    (folder / "six.py").write_text(METAFLOW)
+    (folder / "pipeline.py").write_text(METAFLOW)
     env = {**env, "PYTHONPATH": str(packages), "USERNAME": "bench", "METAFLOW_HOME": str(folder)}
-    run = [sys.executable, "six.py", "--quiet", "run"]
-    resume = [sys.executable, "six.py", "--quiet", "resume"]
+    run = [sys.executable, "pipeline.py", "--quiet", "run"]
+    resume = [sys.executable, "pipeline.py", "--quiet", "resume"]
     return Peer("metaflow", *(lambda a=argv: timed(a, folder, env) for argv in (run, run, resume)))  # type: ignore[misc]
 
 
