@@ -4,39 +4,38 @@ Created, or adopted when it is there already. Then every change of the object or
 object has ended and nothing of it runs any more: a training that failed because one pod was taken still has pods, which
 are told to leave (with their grace, so that they save) and waited for. What is deleted by somebody else's hand is made
 again, once. Whatever is raised while waiting leaves the workload running: stop it, or ask for it again.
-Not covered: how ends are read (pod_causes.py), words for what holds a pod (pod_diagnosis.py), manifests.
+Not covered: what an end is called (cluster_outcome.py), words for what holds a pod (pod_diagnosis.py), manifests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import queue
 import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from deployments.cluster_outcome import judge
 from deployments.errors import GiveUp, PreflightError
 from deployments.job_status import end_of, is_suspended
 from deployments.kube_api import ApiStatus
-from deployments.kube_watch import Following, uid_of
-from deployments.manifests import CONTAINERS, ENDING_ANNOTATION, KEY_LABEL, Manifest, request_is_inside
-from deployments.pod_causes import (
-    PodEnd,
-    capacity_of,
-    exit_of,
-    first_cause,
-    is_scheduled,
-    is_terminal,
-    is_unreachable,
-    stamp,
+from deployments.kube_watch import Following, is_gone, uid_of
+from deployments.manifests import (
+    CONTAINERS,
+    ENDING_ANNOTATION,
+    KEY_LABEL,
+    WORKLOAD_LABEL,
+    Manifest,
+    request_is_inside,
 )
+from deployments.node_memory import NodeMemory
+from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
 from deployments.pod_diagnosis import HOPELESS, PULL_REASONS, Waiting, not_created, one_line, waiting
-from deployments.pod_log import PodLog, last_lines
+from deployments.pod_log import LogFeed
 from deployments.workload import Cause, Outcome, Workload
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ Json = dict[str, Any]
 LOOK_SECONDS = 5.0  # at least that often, for what no event tells: deadlines
 TELL_SECONDS = 5.0  # a pod that waits for longer is told of
 EVENTS_SECONDS = 15.0  # how often events are asked for while it does not start and its status does not tell
-NODE_AGAIN_SECONDS = 15.0  # how often a node that may be lost is asked for
 RESULT_SECONDS = 5.0  # a file on a network volume may come into sight late
 
 
@@ -74,7 +72,7 @@ class ClusterRun:
     ) -> None:
         """`objects`, `pods`: what the shared watches see of this workload; both set `event`."""
         self.cluster, self.workload, self.wanted = cluster, workload, wanted
-        self.objects, self.pods, self.event, self.on_line = objects, pods, event, on_line
+        self.objects, self.pods, self.event = objects, pods, event
         self.api, self.container = cluster.api, CONTAINERS.get(workload.image, workload.image)
         self.training = workload.image == "train"
         self.path = cluster.object_path(workload.image, workload.name)
@@ -82,12 +80,9 @@ class ClusterRun:
         self.created = 0.0  # unix seconds, by this machine's clock where we made it
         self.ending: Ending | None = None
         self.checked, self.resting = False, False  # asked for the pods after the end; told the others to leave
-        self.nodes: dict[str, Json] = {}
-        self._node_asked: dict[str, float] = {}
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._log: PodLog | None = None
-        self._logged: set[str] = set()  # uids of pods whose log was or is read
-        self._log_file: TextIO | None = None
+        self.nodes = NodeMemory(cluster.node)
+        folder = cluster.local_folder(workload.name)
+        self.feed = LogFeed(cluster.api, cluster.pod_path(""), self.container, event, on_line, folder)
         self._told, self._waiting_since = "", 0.0
         self._old: set[str] = set()  # uids of pods from before a suspension
         self._events_at = 0.0
@@ -98,19 +93,15 @@ class ClusterRun:
         """Create or adopt, wait, judge."""
         try:
             self._create_or_adopt()
-            self._open_log()
             while True:
                 self.event.clear()
                 found = self._look()
-                self._deliver()
+                self.feed.deliver()
                 if found is not None:
                     return found
                 self.event.wait(self._next_look())
         finally:
-            if self._log is not None:
-                self._log.close()
-            if self._log_file is not None:
-                self._log_file.close()
+            self.feed.close()
 
     def _next_look(self) -> float:
         """Seconds until something may be due that no event tells."""
@@ -128,7 +119,7 @@ class ClusterRun:
         while True:
             try:
                 self._prepare_folder()
-                made = self.api.request("POST", collection, body=self.wanted, on_wait=self._say)
+                made = self.api.request("POST", collection, body=self.wanted, on_wait=self.feed.say)
                 return self._is_ours(made, adopted=False)
             except ApiStatus as status:
                 if status.code == 422 or status.code == 400:
@@ -191,7 +182,7 @@ class ClusterRun:
                     f"at {self.cluster.settings.state_mount} here; run the flow where it is"
                 )
             return
-        if any(not self.objects.is_gone(item) for item in self.objects.objects()):
+        if any(not is_gone(item) for item in self.objects.objects()):
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
@@ -204,8 +195,9 @@ class ClusterRun:
         """What the last states say: an outcome, or None to wait on. Raises the error of an ending that is one."""
         item, gone = self._object()
         pods = self._own_pods()
-        self._learn_nodes(pods)
-        self._follow_log(pods)
+        for pod in pods:
+            self.nodes.of(pod)
+        self.feed.follow([p for p in pods if not is_gone(p)])
         end = end_of(item)
         deleted = gone or bool(item["metadata"].get("deletionTimestamp"))
         if deleted and self.ending is None:
@@ -222,12 +214,12 @@ class ClusterRun:
         if not self._all_over(pods):
             return None
         if end is not None or self.ending is not None:
-            return self._judge(item, pods)
+            return self._finish(item, pods, self.ending)
         return self._again(pods) if gone else None
 
     def _object(self) -> tuple[Json, bool]:
         found = next(i for i in self.objects.objects() if uid_of(i) == self.uid)
-        return found, self.objects.is_gone(found)
+        return found, is_gone(found)
 
     def _own_pods(self) -> list[Json]:
         return [
@@ -254,7 +246,7 @@ class ClusterRun:
             pods = [p for p in pods if uid_of(p) not in self._old]
             if self.training and self._lost_one(pods):
                 return self._end(None)
-            held = self._held(item, [p for p in pods if not self.pods.is_gone(p)])
+            held = self._held(item, [p for p in pods if not is_gone(p)])
         if held is None:
             self._told, self._waiting_since = "", 0.0
         else:
@@ -292,7 +284,7 @@ class ClusterRun:
 
     def _lost_one(self, pods: list[Json]) -> bool:
         """Whether a pod vanished without the operator having seen it fail: it would start it again in this attempt."""
-        lost = [p for p in pods if self.pods.is_gone(p) and exit_of(p, self.container).get("exitCode") != 0]
+        lost = [p for p in pods if is_gone(p) and exit_of(p, self.container).get("exitCode") != 0]
         if not lost:
             return False
         fresh = self.api.find(self.path)
@@ -317,7 +309,7 @@ class ClusterRun:
             return
         self.resting = True
         for pod in pods:
-            if not (is_terminal(pod) or self.pods.is_gone(pod) or pod["metadata"].get("deletionTimestamp")):
+            if not (is_terminal(pod) or is_gone(pod) or pod["metadata"].get("deletionTimestamp")):
                 path = self.cluster.pod_path(pod["metadata"]["name"])
                 self.api.delete(path, propagation="Background", uid=uid_of(pod))
 
@@ -325,12 +317,12 @@ class ClusterRun:
         """Whether nothing runs any more. A pod on a node that does not answer is given up after a while."""
         now = time.time()
         for pod in pods:
-            if is_terminal(pod) or self.pods.is_gone(pod):
+            if is_terminal(pod) or is_gone(pod):
                 continue
             deleting = stamp(pod["metadata"].get("deletionTimestamp"))
             if deleting is None or now < deleting + self.cluster.lost_node_seconds:
                 return False
-            if not is_unreachable(self._node(pod, again=True)):
+            if not is_unreachable(self.nodes.of(pod, again=True)):
                 return False
         return True
 
@@ -338,165 +330,74 @@ class ClusterRun:
         """Deleted by somebody's hand: made again once, the second time it is taken for a wish."""
         if self.recreated:
             why = "it was deleted twice by somebody's hand"
-            return self._outcome("cancelled", why, self._first(pods), pods)
+            return self._finish(self._object()[0], pods, Ending(cause="cancelled", reason=why))
         self.recreated += 1
-        self._say(f"{self.workload.name} was deleted by somebody's hand; making it again")
+        self.feed.say(f"{self.workload.name} was deleted by somebody's hand; making it again")
         self._create_or_adopt()
         self.event.set()
         return None
-
-    # --- nodes, logs, words
-
-    def _learn_nodes(self, pods: list[Json]) -> None:
-        for pod in pods:
-            if is_scheduled(pod) and pod["spec"]["nodeName"] not in self.nodes:
-                self._node(pod)
-
-    def _node(self, pod: Json, *, again: bool = False) -> Json:
-        """The pod's node as last seen; {} if there is none or it may not be read."""
-        name = (pod.get("spec") or {}).get("nodeName")
-        if not name:
-            return {}
-        asked = self._node_asked.get(name, 0.0)
-        if name not in self.nodes or (again and time.monotonic() - asked > NODE_AGAIN_SECONDS):
-            self._node_asked[name] = time.monotonic()
-            self.nodes[name] = self.cluster.node(name, before=self.nodes.get(name))
-        return self.nodes[name]
-
-    def _follow_log(self, pods: list[Json]) -> None:
-        """Read the log of the newest pod that has begun (of a training: of the master's)."""
-        if self.training:
-            pods = [p for p in pods if p["metadata"]["name"].endswith("-master-0")]
-        begun = [p for p in pods if exit_of(p, self.container) or _phase(p) == "Running"]
-        begun = [p for p in begun if uid_of(p) not in self._logged and not self.pods.is_gone(p)]
-        if not begun:
-            return
-        newest = max(begun, key=lambda p: str(p["metadata"].get("creationTimestamp")))
-        if self._log is not None:
-            self._log.finish(2.0)
-        self._logged.add(uid_of(newest))
-        self._log = PodLog(self.api, self.cluster.pod_path(newest["metadata"]["name"]), self.container)
-        self._log.start(self._sink)
-
-    def _sink(self, line: str) -> None:
-        if self._log_file is not None:
-            self._log_file.write(line + "\n")
-        self._lines.put(line)
-        self.event.set()
-
-    def _open_log(self) -> None:
-        folder = self.cluster.local_folder(self.workload.name)
-        if folder is not None:
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                self._log_file = (folder / "log.txt").open("w", buffering=1)
-
-    def _deliver(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                line = self._lines.get_nowait()
-                if self.on_line:
-                    self.on_line(line)
-
-    def _say(self, text: str) -> None:
-        if self.on_line:
-            self.on_line(f"cluster: {text}")
 
     def _tell(self, text: str) -> None:
         """Say what it waits for, once, and again when it changes by more than numbers."""
         plain = re.sub(r"\d+", "", text)
         if plain != self._told:
             self._told = plain
-            self._say(f"waiting: {text}")
+            self.feed.say(f"waiting: {text}")
 
-    # --- the end
-
-    def _judge(self, item: Json, pods: list[Json]) -> Outcome:
-        """The outcome of a workload of which nothing runs any more."""
-        first = self._first(pods)
-        if self.ending is not None and self.ending.error is not None:
-            raise self.ending.error
-        if self.ending is not None and self.ending.reason:
-            return self._outcome(self.ending.cause, self.ending.reason, first, pods)
-        end = end_of(item)
-        if end is not None and end.succeeded:
-            return self._outcome("complete", "exit 0", None, pods, code=0)
-        if end is not None and end.reason == "DeadlineExceeded":
-            limit = self.workload.deadline_seconds
-            return self._outcome("deadline", f"longer than its {limit or 0:g} s", first, pods)
-        if first is not None:
-            return self._outcome(first.cause, first.reason, first, pods)
-        # Its pods are gone with what they could have told; a bug would have left a pod that failed.
-        capacity = self._capacity(pods, None)
-        taken = self.training and capacity == "spot"
-        why = end.message if end is not None else "its pods vanished"
-        reason = f"its pods are gone while nobody watched: {one_line(why)}"
-        return self._outcome("spot" if taken else "node_lost", reason, None, pods)
-
-    def _first(self, pods: list[Json]) -> PodEnd | None:
+    def _finish(self, item: Json, pods: list[Json], ending: Ending | None) -> Outcome:
+        """The outcome of a workload of which nothing runs any more. Raises the error of an ending that is one."""
+        if ending is not None and ending.error is not None:
+            raise ending.error
         for pod in pods:
-            self._node(pod, again=True)
-        evicted = [p for p in pods if any(c.get("reason") == "EvictionByEvictionAPI" for c in _conditions(p))]
-        events: list[Json] = []
-        for pod in evicted:
-            events += self.cluster.events_about("Pod", pod["metadata"]["name"])
-            events += self.cluster.events_about("Node", pod["spec"]["nodeName"])
-        pairs = [(p, self.pods.is_gone(p)) for p in pods]
-        return first_cause(pairs, container=self.container, nodes=self.nodes, events=events, now=time.time())
-
-    def _outcome(
-        self, cause: Cause, reason: str, first: PodEnd | None, pods: list[Json], *, code: int | None = None
-    ) -> Outcome:
-        if self._log is not None:
-            self._log.finish(5.0)
-        if first is not None and cause == "user_error":
-            self._keep_tail(first, pods)
-        self._deliver()
-        starts = [t for p in pods if (t := stamp((p.get("status") or {}).get("startTime")))]
-        ends = [t for p in pods if (t := stamp(exit_of(p, self.container).get("finishedAt")))]
-        item, _ = self._object()
-        main = next((p for p in pods if first and p["metadata"]["name"] == first.pod), pods[-1] if pods else None)
-        folder = self.cluster.local_folder(self.workload.name)
-        command = f"kubectl logs -n {self.cluster.settings.namespace} -l reprise.dev/workload={self.workload.name}"
+            self.nodes.of(pod, again=True)
+        verdict = judge(
+            self.workload,
+            item,
+            [(p, is_gone(p)) for p in pods],
+            container=self.container,
+            nodes=self.nodes.known,
+            events=self._events_about_evicted(pods),
+            ending=(ending.cause, ending.reason) if ending is not None and ending.reason else None,
+        )
+        self.feed.finish(5.0)
+        if verdict.cause == "user_error":
+            self.feed.add_tail(next(p for p in pods if p["metadata"]["name"] == verdict.pod))
+        self.feed.deliver()
+        command = f"kubectl logs -n {self.cluster.settings.namespace} -l {WORKLOAD_LABEL}={self.workload.name}"
         return Outcome(
             name=self.workload.name,
-            exit_code=first.exit_code if first else code,
-            cause=cause,
-            reason=reason,
-            started=min(starts) if starts else stamp(item["metadata"].get("creationTimestamp")) or time.time(),
-            ended=max(ends) if ends else time.time(),
-            result=self._result(pods, expected=cause == "complete"),
+            exit_code=verdict.exit_code,
+            cause=verdict.cause,
+            reason=verdict.reason,
+            started=verdict.started,
+            ended=verdict.ended,
+            result=self._result(pods, expected=verdict.cause == "complete"),
             adopted=self.adopted,
-            notice=first.notice if first else None,
-            node=first.node if first else ((main or {}).get("spec") or {}).get("nodeName") or "",
-            capacity=self._capacity(pods, main),
-            log=str(folder / "log.txt") if folder is not None and self._log_file is not None else command,
+            notice=verdict.notice,
+            node=verdict.node,
+            capacity=verdict.capacity,
+            log=str(self.feed.file) if self.feed.file is not None else command,
         )
 
-    def _capacity(self, pods: list[Json], main: Json | None) -> str:
-        """Of the pod that decided; of a training with workers, theirs, since the master is on-demand by design."""
-        for pod in [main] if main else [p for p in pods if "-worker-" in p["metadata"]["name"]] or pods:
-            if found := capacity_of(pod, self._node(pod)):
-                return found
-        return "spot" if self.workload.spot else "on-demand"
-
-    def _keep_tail(self, first: PodEnd, pods: list[Json]) -> None:
-        """The words of a pod that failed and is not the one whose log was read."""
-        pod = next((p for p in pods if p["metadata"]["name"] == first.pod), None)
-        if pod is None or uid_of(pod) in self._logged or self.pods.is_gone(pod):
-            return
-        for line in [f"--- {first.pod}", *last_lines(self.api, self.cluster.pod_path(first.pod), self.container, 50)]:
-            self._sink(line)
+    def _events_about_evicted(self, pods: list[Json]) -> list[Json]:
+        """They tell who evicted: a spot interruption, or a consolidation."""
+        found: list[Json] = []
+        for pod in pods:
+            if condition(pod.get("status") or {}, "DisruptionTarget").get("reason") == "EvictionByEvictionAPI":
+                found += self.cluster.events_about("Pod", pod["metadata"]["name"])
+                found += self.cluster.events_about("Node", pod["spec"]["nodeName"])
+        return found
 
     def _result(self, pods: list[Json], *, expected: bool) -> Json | None:
-        """What the program wrote: the file on the state volume, else the pod's termination message."""
-        folder = self.cluster.local_folder(self.workload.name)
+        """What the program wrote: the pod's termination message if it is whole, else the file on the state volume."""
         for pod in pods:
             with contextlib.suppress(ValueError):
                 message = json.loads(exit_of(pod, self.container).get("message") or "")
                 if isinstance(message, dict) and "ok" in message:
                     return message
-        until = time.monotonic() + (RESULT_SECONDS if expected and not self.training else 0.0)
+        folder = self.cluster.local_folder(self.workload.name)
+        expected = expected and any("{result}" in part for part in self.workload.command)
+        until = time.monotonic() + (RESULT_SECONDS if expected else 0.0)
         while folder is not None:
             found = _read(folder / "result.json")
             if found is not None or time.monotonic() > until:
@@ -513,10 +414,6 @@ def _told_to_end(item: Json) -> Ending | None:
 
 def _phase(pod: Json) -> str:
     return str((pod.get("status") or {}).get("phase"))
-
-
-def _conditions(pod: Json) -> list[Json]:
-    return (pod.get("status") or {}).get("conditions") or []
 
 
 def _read(path: Path) -> Json | None:

@@ -283,7 +283,7 @@ def _refusal(status: int, document: Json, method: str, path: str, *, resent: boo
         return PreflightError(
             "this cluster has no PyTorchJob (pytorchjobs.kubeflow.org/v1): install the Kubeflow Training Operator: "
             'kubectl apply --server-side -k "github.com/kubeflow/training-operator/manifests/overlays/standalone'
-            '?ref=v1.9.3"'
+            '?ref=v1.9.0"'
         )
     return ApiStatus(status, str(document["reason"]), message, resent=resent)
 

@@ -29,6 +29,7 @@ QUIET_SECONDS = 90.0  # a server sends a bookmark about every minute; a connecti
 PAGE = "500"
 SELECTOR = f"{MANAGED_SELECTOR},{WORKLOAD_LABEL}"
 TOMBSTONES = 4096  # deleted objects that late events could bring back
+GONE = "gone"  # in the last state of an object that is away
 Json = dict[str, Any]
 
 
@@ -39,17 +40,12 @@ class Following:
     watch: SharedWatch
     event: threading.Event
     seen: dict[str, Json] = field(default_factory=dict)  # by uid, the last state
-    gone: set[str] = field(default_factory=set)  # uids that were deleted
 
     def objects(self) -> list[Json]:
         """The last state of each object, those that are gone included. Raises what ended the watch."""
         with self.watch.lock:
             self.watch.check()
             return list(self.seen.values())
-
-    def is_gone(self, item: Json) -> bool:
-        """Whether the object was deleted and is away."""
-        return uid_of(item) in self.gone
 
     def put(self, item: Json) -> None:
         """Tell what a request answered, so that the watch need not have caught up."""
@@ -132,9 +128,7 @@ class SharedWatch:
         else:
             self.known[uid] = item
         for following in self._followers.get(workload_of(item), ()):
-            following.seen[uid] = item
-            if deleted:
-                following.gone.add(uid)
+            following.seen[uid] = {**item, GONE: True} if deleted else item
             following.event.set()
 
     def _run(self) -> None:
@@ -220,6 +214,11 @@ class SharedWatch:
                     self._version = item["metadata"]["resourceVersion"]
                 if event["type"] != "BOOKMARK":
                     self.changed(trimmed(item), deleted=event["type"] == "DELETED")
+
+
+def is_gone(item: Json) -> bool:
+    """Whether the object was deleted and is away, in the state that is given."""
+    return bool(item.get(GONE))
 
 
 def trimmed(item: Json) -> Json:

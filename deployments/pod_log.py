@@ -1,4 +1,4 @@
-"""The log of one container, line by line, in a thread; a cut resumes where it was.
+"""The log of a workload, line by line, in a thread; a cut resumes where it was.
 
 Best effort: whatever happens here never ends the workload. The kubelet's timestamps are the place to resume at: the API
 takes whole seconds, so lines that were read are left out by their own time. Not covered: which pod (cluster_run.py).
@@ -7,8 +7,11 @@ takes whole seconds, so lines that were read are left out by their own time. Not
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
 
 from deployments.errors import StepError
 from deployments.kube_api import ApiStatus, KubeApi, Lines
@@ -84,6 +87,86 @@ class PodLog:
             self._same = self._same + 1 if stamp == self._last else 1
             self._last = stamp
             yield text.rpartition("\r")[2]
+
+
+class LogFeed:
+    """The log of a workload over all its pods: for a listener in the caller's thread, and in a file."""
+
+    def __init__(
+        self,
+        api: KubeApi,
+        pods_path: str,
+        container: str,
+        event: threading.Event,
+        on_line: Callable[[str], None] | None,
+        folder: Path | None,
+    ) -> None:
+        """`event` is set when there are lines to `deliver`. `folder`: for log.txt; None where there is none."""
+        self.api, self.pods_path, self.container, self.event, self.on_line = api, pods_path, container, event, on_line
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._read: set[str] = set()  # uids of pods whose log was or is read
+        self._current: PodLog | None = None
+        self.file: Path | None = None
+        self._open: TextIO | None = None
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._open, self.file = (folder / "log.txt").open("w", buffering=1), folder / "log.txt"
+
+    def follow(self, pods: list[dict[str, Any]]) -> None:
+        """Read the newest pod that has begun (of a training: the master), if it is a new one."""
+        begun = [p for p in pods if _has_begun(p) and "-worker-" not in p["metadata"]["name"]]
+        begun = [p for p in begun if p["metadata"]["uid"] not in self._read]
+        if not begun:
+            return
+        newest = max(begun, key=lambda p: str(p["metadata"].get("creationTimestamp")))
+        self.finish(2.0)
+        self._read.add(newest["metadata"]["uid"])
+        self._current = PodLog(self.api, f"{self.pods_path}/{newest['metadata']['name']}", self.container)
+        self._current.start(self._take)
+
+    def add_tail(self, pod: dict[str, Any]) -> None:
+        """The last words of a pod whose log was not read."""
+        if pod["metadata"]["uid"] not in self._read:
+            name = pod["metadata"]["name"]
+            for line in [f"--- {name}", *last_lines(self.api, f"{self.pods_path}/{name}", self.container, 50)]:
+                self._take(line)
+
+    def deliver(self) -> None:
+        """Hand the lines that have come to the listener, in this thread. Raises what the listener raises."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                line = self._lines.get_nowait()
+                if self.on_line:
+                    self.on_line(line)
+
+    def say(self, text: str) -> None:
+        """A line of the place's own."""
+        if self.on_line:
+            self.on_line(f"cluster: {text}")
+
+    def finish(self, seconds: float) -> None:
+        """The pod has ended: read what is left."""
+        if self._current is not None:
+            self._current.finish(seconds)
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._current is not None:
+            self._current.close()
+        if self._open is not None:
+            self._open.close()
+
+    def _take(self, line: str) -> None:
+        if self._open is not None:
+            with contextlib.suppress(OSError, ValueError):  # a full volume, or closed meanwhile
+                self._open.write(line + "\n")
+        self._lines.put(line)
+        self.event.set()
+
+
+def _has_begun(pod: dict[str, Any]) -> bool:
+    return (pod.get("status") or {}).get("phase") in ("Running", "Succeeded", "Failed")
 
 
 def last_lines(api: KubeApi, pod_path: str, container: str, count: int) -> list[str]:

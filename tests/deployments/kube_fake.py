@@ -44,7 +44,7 @@ class KubeFake:
         self.history: list[tuple[int, str, str, Json]] = []  # version, collection, type, object
         self.logs: dict[str, list[str]] = {}  # pod -> lines with timestamps
         self.open_logs: set[str] = set()  # pods whose log goes on
-        self.on_create: dict[str, Callable[[Json], None]] = {}
+        self.on_create: dict[str, Callable[[Json], Any]] = {}
         self.faults: list[tuple[str, str, Callable[[], tuple[int, Json, dict[str, str]] | None]]] = []
         self.requests: list[tuple[str, str]] = []
         self.foreground: set[str] = set()  # collections whose deletions wait for `finish_deletion`

@@ -417,8 +417,8 @@ def test_the_rest_of_an_attempt_is_told_to_leave_and_waited_for(kube: KubeFake, 
     kube.wait(lambda: kube.has(PODS, f"{name}-worker-1"))
     disrupt(kube, f"{name}-worker-1", "EvictionByEvictionAPI")
     kube.condition(TRAININGS, name, "Failed", "PyTorchJobFailed")
-    for pod in ("master-0", "worker-0"):
-        kube.wait(lambda pod=pod: kube.get(PODS, f"{name}-{pod}")["metadata"].get("deletionTimestamp"))
+    kube.wait(lambda: "deletionTimestamp" in kube.get(PODS, f"{name}-master-0")["metadata"])
+    kube.wait(lambda: "deletionTimestamp" in kube.get(PODS, f"{name}-worker-0")["metadata"])
     kube.end_pod(f"{name}-worker-1", 143, container="pytorch")
     kube.end_pod(f"{name}-worker-0", 143, container="pytorch")
     time.sleep(0.3)
