@@ -21,8 +21,9 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -162,6 +163,7 @@ class Checkpointer:
         self._plan: _Plan | None = None
         self._job: _Job | None = None
         self._pending_stall: float | None = None
+        self._failures: deque[BaseException] = deque()
         self._environment = _environment()
         self._swept = False
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -202,6 +204,7 @@ class Checkpointer:
         `state` names modules, optimizers, objects with state_dict/load_state_dict, dicts; `meta` is readable JSON, the
         same on all ranks (rank 0's is kept); `per_rank` is this rank's own. Raises what an earlier save failed with."""
         started = time.perf_counter()
+        self.wait_staged()
         self._raise_failure()
         json.dumps(meta)  # the caller's mistake belongs to the caller's line
         flat = flatten(state)
@@ -237,25 +240,23 @@ class Checkpointer:
         of `save` and this wait; 0.0 when nothing is being staged."""
         if self._pending_stall is None or self._job is None:
             return 0.0
+        stall, self._pending_stall = self._pending_stall, None
         started = time.perf_counter()
         self._job.snapshot.wait()
-        stall = self._pending_stall + time.perf_counter() - started
-        self._pending_stall = None
+        stall += time.perf_counter() - started
         self._job.stall_index = len(self.stall_seconds)
         self.stall_seconds.append(stall)
         return stall
 
     def wait_durable(self) -> CheckpointInfo | None:
-        """Wait until the last save is committed, or raise what it failed with. None when nothing was saved."""
+        """Wait until the last save is committed, or raise what it or one before it failed with (once). None when
+        nothing was saved."""
         self.wait_staged()
-        if self._job is None:
-            return None
         job = self._job
-        try:
-            return job.durable.result()
-        except BaseException:
-            self._job = None
-            raise
+        if job is not None:
+            wait([job.durable])
+        self._raise_failure()
+        return job.durable.result() if job is not None else None
 
     @property
     def busy(self) -> bool:
@@ -276,10 +277,10 @@ class Checkpointer:
                 self._plan = None
 
     def _raise_failure(self) -> None:
-        self.wait_staged()
-        if self._job is not None and self._job.durable.done() and (error := self._job.durable.exception()):
-            self._job = None
-            raise error
+        if self._failures:
+            if self._job is not None and self._job.durable.done() and self._job.durable.exception():
+                self._job = None
+            raise self._failures.popleft()
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Plan and allocate now what the first save would plan and allocate. Collective; call it when the optimizer
@@ -291,8 +292,7 @@ class Checkpointer:
         if self._plan is not None and self._plan.signature == structure:
             return self._plan
         if self._job is not None:
-            with suppress(Exception):  # told by the next wait
-                self._job.durable.result()
+            wait([self._job.durable])
         if self._plan is not None:
             self._plan.staging.close()
             self._plan = None
@@ -333,6 +333,7 @@ class Checkpointer:
                 if job.stall_index is not None:
                     self.stall_seconds[job.stall_index] += job.snapshot.device_seconds()
             except BaseException as error:  # handed to the thread that waits
+                self._failures.append(error)
                 job.durable.set_exception(error)
             else:
                 self.durable_seconds.append(time.perf_counter() - job.started)

@@ -198,6 +198,27 @@ def test_saves_follow_each_other_without_a_wait_between(tmp_path: Path) -> None:
     assert not checkpointer.busy
 
 
+def test_a_failure_is_told_although_later_saves_went_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make()
+    checkpointer = Checkpointer(str(tmp_path))
+
+    def broken(name: str, file: str, nbytes: int) -> Any:
+        raise CheckpointWriteError("no room today")
+
+    monkeypatch.setattr(checkpointer.store, "create", broken)
+    checkpointer.save(1, state, meta={}, per_rank={})
+    while checkpointer.busy:
+        pass
+    monkeypatch.undo()
+    with pytest.raises(CheckpointWriteError, match="no room today"):
+        checkpointer.save(2, state, meta={}, per_rank={})
+    assert checkpointer.wait_durable() is None
+    checkpointer.save(2, state, meta={}, per_rank={})
+    info = checkpointer.wait_durable()
+    assert info is not None and info.step == 2
+    checkpointer.close()
+
+
 def test_another_identity_names_what_changed(tmp_path: Path) -> None:
     state = make()
     checkpointer = Checkpointer(str(tmp_path), identity={"code": "old", "data": "same"})
