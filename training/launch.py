@@ -69,7 +69,7 @@ class Launch:
         signal.signal(signal.SIGINT, self._on_notice)
         os.environ["OMP_NUM_THREADS"] = str(self.spec.threads)  # read when torch is imported
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        warm_up()
+        warm_up(compiler=self.spec.compile)
         for incarnation in range(self.restarts + 1):
             ending = self._incarnation(incarnation)
             if not ending.again or self.noticed_at is not None:

@@ -12,6 +12,7 @@ import os
 import time
 from typing import Any
 
+PACE = "REPRISE_PACE"  # environment variable: least seconds of a step, for proofs that aim at moments of it
 EVERY = "REPRISE_PROGRESS_EVERY"  # environment variable: seconds between lines about steps
 
 

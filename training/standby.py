@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -47,11 +48,10 @@ class Agent:
                 os.kill(self.pid, number)
 
 
-def warm_up() -> None:
-    """Import what agents and workers need. Starts no thread and touches no device."""
-
-    import training.train  # noqa: F401
-
+def warm_up(*, compiler: bool) -> None:
+    """Import what agents and workers need, torch's compiler only on request. Starts no thread, touches no device."""
+    for name in ("torch.distributed.run", "training.train", *(("torch._dynamo",) if compiler else ())):
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is imported is never collected: its pages stay shared
 

@@ -31,11 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from training.launch import descendants
-from training.progress import EVERY
+from training.progress import EVERY, PACE
 from training.spec import EXIT_BAD_SPEC, EXIT_COMPLETE, EXIT_INTERRUPTED, TrainResult, TrainSpec, read_spec
 
 TARGETS = ("worker", "agent", "everything")
-PACE = "REPRISE_PACE"
 PATIENCE = 300.0  # seconds without a line of progress after which a training counts as stuck
 HASHES = ("weights_sha256", "optimizer_sha256", "order_sha256")
 
@@ -117,6 +116,7 @@ def verify(spec: TrainSpec, *, kills: int, seed: int, processes: int, elastic: b
     try:
         shards = spec.shards or processes
         whole, seconds = uninterrupted(scratched(spec, scratch / "whole", shards), processes=processes, pace=pace)
+        shutil.rmtree(scratch / "whole")
         plan = plan_kills(seed, kills, seconds=seconds, processes=processes, elastic=elastic)
         rounds: list[dict[str, Any]] = []
         while plan:  # a training that is over before all kills have come is followed by another

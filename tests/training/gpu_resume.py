@@ -1,0 +1,80 @@
+"""On a GPU: training, interruptions and resuming to the bit with deterministic kernels; prints one JSON document.
+
+    python tests/training/gpu_resume.py [--large] [--output FILE]
+
+Needs torch, numpy and safetensors only. `--large` adds a model of about a billion parameters (12 GB of state).
+Not covered: stalls against peers (the checkpoint benchmark), several GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from training.spec import CheckpointPolicy, TrainSpec
+from training.verify_resume import NotEqual, verify
+
+MODULE = Path(__file__).parent / "modules" / "tokens.py"
+SMALL = {"layers": 4, "width": 256, "samples": 512, "length": 64}
+LARGE = {"layers": 18, "width": 2048, "heads": 16, "samples": 256, "length": 128, "vocabulary": 32000}
+
+
+def prove(
+    params: dict[str, Any], *, kills: int, epochs: int, every: int, processes: int = 1, **changes: Any
+) -> dict[str, Any]:
+    """One certificate, with the seconds it took."""
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="gpu-resume-") as folder:
+        spec = TrainSpec(
+            key="gpu",
+            pipeline="gpu",
+            module=str(MODULE),
+            data=folder,
+            checkpoints=f"file://{folder}/checkpoints",
+            output=f"{folder}/output",
+            epochs=epochs,
+            batch_size=16,
+            params=params,
+            checkpoint=CheckpointPolicy(every_steps=every, notice_seconds=120),
+            **changes,
+        )
+        try:
+            certificate = verify(spec, kills=kills, seed=5, processes=processes, elastic=False, pace=0.02)
+        except NotEqual as error:
+            certificate = {"equal": False, "error": str(error)}
+    return {**certificate, "params": params, "total_seconds": round(time.time() - began, 1)}
+
+
+def main() -> int:
+    """The program; exit code 0 when every hash is equal."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was proved", file=sys.stderr)
+        return 3
+    document: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    document["small_float32"] = prove(SMALL, kills=6, epochs=6, every=20)
+    document["small_bfloat16"] = prove(SMALL, kills=4, epochs=6, every=20, precision="bfloat16")
+    document["small_two_ranks_one_gpu"] = prove(SMALL, kills=4, epochs=6, every=20, processes=2)
+    if args.large:
+        document["billion"] = prove(LARGE, kills=2, epochs=2, every=12, precision="bfloat16")
+    text = json.dumps(document, indent=1)
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+    return 0 if all(v["equal"] for v in document.values() if isinstance(v, dict)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
