@@ -86,12 +86,13 @@ def deploy_model(request: DeployRequest) -> Endpoint:
 
 def run(request: DeployRequest, on_phase: Callable[[str], None]) -> Endpoint:
     """`deploy_model`, telling every transition."""
+    record = EndpointRecord(folder=request.record, pipeline=request.pipeline)
     target = Version(
         version=request.version,
         label=request.label,
         mar=request.mar,
         sha256=request.sha256,
-        golden=request.golden,
+        golden=record.keep_golden(request.label, request.golden),
         key=request.key,
         golden_count=request.golden_count,
         tolerance=request.tolerance,

@@ -71,6 +71,22 @@ class EndpointRecord:
         raw = self.read()["previous"]
         return Version(**raw) if raw else None
 
+    def keep_golden(self, label: str, source: str) -> str:
+        """A copy of held-out answers beside the record, so that going back works when the training is cleaned away.
+
+        Returns its path, or `source` where neither exists.
+        """
+        target = Path(self.folder.removeprefix("file://")) / "golden" / f"{self.pipeline}-{label}.jsonl"
+        given = Path(source.removeprefix("file://"))
+        if not given.is_file():
+            return str(target) if target.is_file() else source
+        if given != target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.{os.getpid()}")
+            aside.write_bytes(given.read_bytes())
+            aside.replace(target)
+        return str(target)
+
     def find(self, wanted: str) -> Version:
         """A version that was in service once, by label or by MLflow version (its newest label). Raises GiveUp."""
         known: dict[str, Any] = self.read()["versions"]
@@ -82,8 +98,11 @@ class EndpointRecord:
         return Version(**known[labels[-1]])
 
     def begin(self, kind: str, target: Version, alias_before: str | None) -> None:
-        """Note a transaction before its first effect. A repeated begin of the same target continues it."""
+        """Note a transaction before its first effect. A repeated begin of the same target continues it: what the alias
+        was before is what it was before the first try."""
         document = self.read()
+        if (unfinished := document["transaction"]) and unfinished["target"]["label"] == target.label:
+            alias_before = unfinished["alias_before"]
         document["transaction"] = {
             "kind": kind,
             "target": asdict(target),

@@ -298,7 +298,10 @@ class Rollout:
         with ThreadPoolExecutor(max_workers=max(2, 2 * version.workers)) as pool:
             while waiting and time.monotonic() < end:
                 asks = [pool.submit(self.probe, version) for _ in range(max(2, 2 * version.workers))]
-                waiting -= {pid for ask in asks if (pid := ask.result())}
+                answered = {pid for ask in asks if (pid := ask.result())}
+                waiting -= answered
+                if not answered:
+                    time.sleep(POLL)
                 now = self.find(version.label)
                 if now is None or (now.pending == 0 and now.ready == 0):
                     return

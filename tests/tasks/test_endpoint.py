@@ -61,6 +61,26 @@ def test_find_by_label_or_newest_of_a_version(record: EndpointRecord) -> None:
     assert record.find("2").label == "2.bb" and record.find("2.aa").label == "2.aa"
 
 
+def test_what_the_alias_was_survives_a_second_begin(record: EndpointRecord) -> None:
+    """After a kill the alias may be moved already; that is not what it was."""
+    record.begin("deploy", version(1), "7")
+    record.begin("deploy", version(1), "1")
+    assert record.read()["transaction"]["alias_before"] == "7"
+    record.begin("deploy", version(2), "1")
+    assert record.read()["transaction"]["alias_before"] == "1"
+
+
+def test_golden_answers_are_kept(record: EndpointRecord, tmp_path: Path) -> None:
+    source = tmp_path / "heldout.jsonl"
+    assert record.keep_golden("1.aa", str(source)) == str(source)  # neither exists: the error will name this one
+    source.write_text("one")
+    kept = record.keep_golden("1.aa", f"file://{source}")
+    source.unlink()
+    assert Path(kept).read_text() == "one" and record.keep_golden("1.aa", str(source)) == kept
+    assert record.keep_golden("1.aa", kept) == kept
+    assert record.store.names("endpoints") == []
+
+
 def test_history_is_bounded(record: EndpointRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "HISTORY", 3)
     for number in range(5):

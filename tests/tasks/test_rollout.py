@@ -161,6 +161,26 @@ def test_rollback_goes_to_the_one_before_or_to_a_named_one(bench: Bench) -> None
         roll_back(bench.rollback_request("9"))
 
 
+def test_a_rollback_works_after_the_training_is_cleaned_away(bench: Bench, tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        copy = tmp_path / f"heldout{version}.jsonl"
+        copy.write_bytes(Path(bench.requests[version].golden).read_bytes())
+        deploy_model(replace(bench.requests[version], golden=str(copy)))
+        copy.unlink()
+    assert roll_back(bench.rollback_request()).version == "1"
+
+
+def test_a_failed_first_deployment_takes_back_an_alias_that_a_kill_left(bench: Bench) -> None:
+    """Killed after the alias moved, then refused: the alias is as it was before the first try."""
+    bench.aliases.aliases["toy", "champion"] = "7"
+    assert killed_after(bench.requests["1"], 8) != 0
+    assert bench.aliases.aliases["toy", "champion"] == "1"
+    bench.stub.faults[label(bench, "1")] = "raises"
+    with pytest.raises(GiveUp, match="status 503"):
+        deploy_model(bench.requests["1"])
+    assert bench.truth() == (None, "7", [])
+
+
 def test_a_failed_registry_is_undone_and_the_next_try_succeeds(bench: Bench) -> None:
     deploy_model(bench.requests["1"])
     bench.aliases.fail = 1
