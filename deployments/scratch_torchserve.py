@@ -7,6 +7,7 @@ pipe closes and the guard ends the server. Not covered: a guard that is killed i
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from deployments.errors import TryAgain
 from deployments.serving import TorchServe
-from deployments.torchserve_launch import Launch, free_ports, stop_torchserve, torchserve_command
+from deployments.torchserve_launch import Launch, free_ports, private_tmp, stop_torchserve, torchserve_command
 
 
 @contextmanager
@@ -57,6 +58,7 @@ def guard(launch: Launch) -> None:
         sys.stdin.buffer.read()
     finally:
         stop_torchserve(process)
+        shutil.rmtree(private_tmp(launch.cwd), ignore_errors=True)  # it may lie outside the caller's folder
 
 
 if __name__ == "__main__":

@@ -101,14 +101,17 @@ def torchserve_command(
 
     Call it only while no server runs in `state`: unpacked models of the last one are removed. `models` are in service
     again as soon as their workers are up: pass the champion's, from its endpoint record, so that a killed server comes
-    back with what it served. Raises PreflightError if the Java runtime is missing.
+    back with what it served. Raises PreflightError if the Java runtime is missing, or if the temporary folder is taken.
     """
     state, model_store = state.resolve(), model_store.resolve()
     temporary = private_tmp(state)
     shutil.rmtree(temporary, ignore_errors=True)
     for folder in (state, state / "logs", model_store):
         folder.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir(mode=0o700, parents=True)
+    try:
+        temporary.mkdir(mode=0o700, parents=True)
+    except FileExistsError as error:
+        raise PreflightError(f"{temporary} belongs to somebody else; set TMPDIR to a folder of your own") from error
     (state / "key_file.json").unlink(missing_ok=True)  # TorchServe leaves it behind when it is stopped by a signal
     config = state / "config.properties"
     config.write_text(

@@ -100,6 +100,14 @@ def test_free_ports_are_six_different_ones() -> None:
     assert len({*vars(ports).values()}) == 6
 
 
+def test_a_temporary_folder_of_somebody_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchserve_launch, "private_tmp", lambda state: tmp_path / "theirs")
+    monkeypatch.setattr(torchserve_launch.shutil, "rmtree", lambda path, ignore_errors: None)
+    (tmp_path / "theirs").mkdir()
+    with pytest.raises(PreflightError, match="theirs belongs to somebody else; set TMPDIR"):
+        torchserve_command(tmp_path / "state", tmp_path / "models", PORTS)
+
+
 def test_java_comes_from_the_wheel_or_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     assert (java_home() / "bin" / "java").is_file()

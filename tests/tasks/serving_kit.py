@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import subprocess
 import threading
 import time
@@ -20,7 +21,13 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from deployments.serving import TorchServe
-from deployments.torchserve_launch import TorchServePorts, stop_signal_pid, stop_torchserve, torchserve_command
+from deployments.torchserve_launch import (
+    TorchServePorts,
+    private_tmp,
+    stop_signal_pid,
+    stop_torchserve,
+    torchserve_command,
+)
 from tasks.deploy_model import DeployRequest
 from tasks.package_model import PackagedModel, PackageRequest, package_model
 
@@ -129,6 +136,7 @@ def torchserve(folder: Path, first_port: int, models: dict[str, str] | None = No
         yield Serving(server=server, store=folder / "models", process=process, state=folder / "state")
     finally:
         stop_torchserve(process)
+        shutil.rmtree(private_tmp(folder / "state"), ignore_errors=True)
 
 
 class Registry(ThreadingHTTPServer):

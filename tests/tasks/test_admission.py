@@ -13,7 +13,9 @@ import pytest
 
 from deployments.errors import GiveUp
 from tasks.admission import AdmissionRequest, admit
-from tests.tasks.serving_kit import MODULE, make_toy, package
+from tasks.deploy_model import deploy_model
+from tests.tasks.serving_kit import MODULE, deploy_request, make_toy, package, registry
+from tests.tasks.torchserve_stub import torchserve_stub
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -77,6 +79,17 @@ def test_what_is_not_admitted(tmp_path: Path, module: str, flipped: bool, why: s
     with pytest.raises(GiveUp, match=why):
         admit(request)
     assert not (tmp_path / "store" / "admissions").exists()
+
+
+def test_a_deployment_that_is_not_admitted_never_reaches_the_server(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path / "toy", flipped=True)
+    asked, packaged = package(toy, tmp_path / "models")
+    with torchserve_stub(tmp_path / "models") as stub, registry() as aliases:
+        record = tmp_path / "store" / "endpoints"
+        request = deploy_request(asked, packaged, toy.heldout, stub.client, aliases.uri, record, admission=True)
+        with pytest.raises(GiveUp, match=r"admission of toy 1.* is answered wrongly: label"):
+            deploy_model(request)
+        assert [call for call in stub.calls if not call.startswith("GET")] == [] and aliases.moves == []
 
 
 def test_a_killed_admission_leaves_no_server(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from deployments.errors import GiveUp, TryAgain
 from tasks.check_endpoint import CheckRequest, check_endpoint
 from tasks.deploy_model import DeployRequest, RollbackRequest, deploy_model, roll_back
 from tasks.endpoint import EndpointRecord
-from tests.tasks.serving_kit import Registry, Serving, deploy_request, make_toy, package, registry, torchserve
+from tests.tasks.serving_kit import MODULE, Registry, Serving, deploy_request, make_toy, package, registry, torchserve
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 PORT = 18090
@@ -144,6 +145,44 @@ def test_a_changed_archive_is_refused_before_anything_happens(
     with pytest.raises(GiveUp, match="packaged was"):
         deploy_model(replace(request, sha256="0" * 64))
     assert serving.server.versions("toy") == [] and aliases.moves == []
+
+
+SLEEPER = MODULE.replace(
+    'values = json.loads(body)["values"]',
+    'values = json.loads(body)["values"]\n    import time; time.sleep(json.loads(body).get("sleep", 0))',
+)
+
+
+def test_slow_requests_under_way_are_answered_before_their_version_is_removed(
+    tmp_path: Path, serving: Serving, aliases: Registry
+) -> None:
+    """Two workers, requests of a second, more of them than workers: what TorchServe's own removal loses."""
+    record = tmp_path / "store" / "endpoints"
+    requests = []
+    for version in (1, 2):
+        toy = make_toy(tmp_path / f"toy{version}", seed=version, module=SLEEPER)
+        asked, packaged = package(toy, serving.store, version, serve={"workers": 2, "batch_size": 1})
+        requests.append(deploy_request(asked, packaged, toy.heldout, serving.server, aliases.uri, record))
+    deploy_model(requests[0])
+    stop, answers = threading.Event(), list[tuple[int, str]]()
+
+    def client() -> None:
+        while not stop.is_set():
+            answer = serving.server.predict("toy", b'{"values": [1, 2, 3, 4], "sleep": 1.0}', timeout=40)
+            answers.append((answer.status, answer.document().get("model_version", "")))
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    # The switch is not held up by the load, only judged less strictly: golden requests queue behind it.
+    deploy_model(replace(requests[1], max_p95_seconds=30.0, golden_count=2, soak_seconds=0.0))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert {status for status, _ in answers} == {200} and {version for _, version in answers} == {"1", "2"}
+    assert [found.label for found in serving.server.versions("toy")] == [requests[1].label]
+    assert not (serving.state / "key_file.json").exists()  # no token file where authorization is off
 
 
 def test_a_module_that_cannot_be_imported_is_told_and_removed_quickly(
