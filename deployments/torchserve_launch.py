@@ -135,7 +135,7 @@ def torchserve_command(
 
 
 def champions(endpoints: Path) -> dict[str, str]:
-    """Model name -> .mar file name of what the records under `<store>/endpoints` have in service: `models` of a start."""
+    """`models` of a start: model name -> .mar file name of what the records in `<store>/endpoints` have in service."""
     found = {}
     for path in sorted(endpoints.glob("[!.]*.json")):
         serving = json.loads(path.read_text()).get("serving")

@@ -102,7 +102,7 @@ def test_free_ports_are_six_different_ones() -> None:
 
 def test_a_temporary_folder_of_somebody_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchserve_launch, "private_tmp", lambda state: tmp_path / "theirs")
-    monkeypatch.setattr(torchserve_launch.shutil, "rmtree", lambda path, ignore_errors: None)
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
     (tmp_path / "theirs").mkdir()
     with pytest.raises(PreflightError, match="theirs belongs to somebody else; set TMPDIR"):
         torchserve_command(tmp_path / "state", tmp_path / "models", PORTS)
