@@ -24,6 +24,7 @@ from deployments.torchserve_launch import (
     torchserve_command,
     worker_error,
 )
+from tests.tasks.serving_kit import wait_for
 
 PORTS = TorchServePorts(inference=1, management=2, metrics=3)
 
@@ -124,7 +125,8 @@ def test_the_process_to_signal_is_the_wrappers_child() -> None:
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as wrapper:
         assert wrapper.stdout and wrapper.stdout.readline() == b"up\n"
         child = stop_signal_pid(wrapper.pid)
-        assert child and Path(f"/proc/{child}/comm").read_text().strip() == "sleep"
+        assert child
+        wait_for(lambda: Path(f"/proc/{child}/comm").read_text().strip() == "sleep", 10)  # forked, then replaced
         os.kill(child, 9)
         wrapper.kill()
     assert stop_signal_pid(wrapper.pid) is None
