@@ -161,6 +161,16 @@ class Cluster:
         """The workload's folder on the state volume, as this process sees it; None where it is not mounted."""
         return self.state / "jobs" / name if self.state is not None else None
 
+    def make_folder(self, name: str) -> Path | None:
+        """`local_folder`, made if need be, so that pods of the volume's group may write there too."""
+        folder = self.local_folder(name)
+        if folder is not None and not folder.is_dir():
+            for made in (folder.parent, folder):
+                made.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(PermissionError):  # somebody else's, who did the same
+                    made.chmod(0o2775)
+        return folder
+
     def node(self, name: str, *, before: Json | None = None) -> Json:
         """The node, {**before, "gone": True} if it is away, `before` or {} if it may not be read."""
         try:

@@ -81,7 +81,7 @@ class ClusterRun:
         self.ending: Ending | None = None
         self.checked, self.resting = False, False  # asked for the pods after the end; told the others to leave
         self.nodes = NodeMemory(cluster.node)
-        folder = cluster.local_folder(workload.name)
+        folder = cluster.make_folder(workload.name)
         self.feed = LogFeed(cluster.api, cluster.pod_path(""), self.container, event, on_line, folder)
         self._told, self._waiting_since = "", 0.0
         self._old: set[str] = set()  # uids of pods from before a suspension
@@ -184,7 +184,6 @@ class ClusterRun:
             return
         if any(not is_gone(item) for item in self.objects.objects()):
             return
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
         if not inside:
             (folder / "request.json").write_text(json.dumps(dict(self.workload.request), sort_keys=True))

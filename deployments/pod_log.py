@@ -110,7 +110,6 @@ class LogFeed:
         self._open: TextIO | None = None
         if folder is not None:
             with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
                 self._open, self.file = (folder / "log.txt").open("w", buffering=1), folder / "log.txt"
 
     def follow(self, pods: list[dict[str, Any]]) -> None:

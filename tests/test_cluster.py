@@ -1,0 +1,355 @@
+"""The Runner on a real Kubernetes API with real controllers: `KUBECONFIG=... pytest -m cluster tests/test_cluster.py`.
+
+The API is any with nodes labelled karpenter.sh/capacity-type, PyTorchJobs, a default ReadWriteMany storage class and
+images reprise-step:dev and reprise-train:dev with Python (or those of REPRISE_CLUSTER_IMAGES, a JSON object). What takes
+nodes away is the rig beside the repository (shared/rig); where KUBECONFIG is not a rig's, those tests say so and skip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.cluster import Cluster
+from deployments.errors import GiveUp, PreflightError
+from deployments.kube_api import APPLY_PATCH, KubeApi, connect
+from deployments.manifests import ClusterPlace, manifest
+from deployments.workload import Outcome, Resources, Workload
+
+pytestmark = pytest.mark.cluster
+RIG = Path(__file__).parents[1].parent / "shared" / "rig"
+IMAGES = {"step": "reprise-step:dev", "train": "reprise-train:dev", "serve": "reprise-serve:dev"}
+SMALL = Resources(cpus=0.05, memory="64Mi")
+RESULT = "import json, sys; print('hello'); json.dump({'ok': True, 'result': 7}, open(sys.argv[1], 'w'))"
+# Counts on the state volume; told to leave it saves and exits 143, as the trainer's wrapper does.
+TRAINER = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True)
+mark, steps = folder / os.environ.get("RANK", "0"), int(sys.argv[2])
+step = int(mark.read_text()) if mark.exists() else 0
+print("starts at", step, flush=True)
+def leave(*_):
+    mark.write_text(str(step)); print("saved", step, flush=True); sys.exit(143)
+signal.signal(signal.SIGTERM, leave)
+while step < steps:
+    time.sleep(0.1); step += 1
+mark.write_text(str(step))
+print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[KubeApi]:
+    if not os.environ.get("KUBECONFIG"):
+        pytest.skip("no KUBECONFIG: this needs a Kubernetes API")
+    connection = connect()
+    yield connection
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def place(api: KubeApi) -> Iterator[ClusterPlace]:
+    name = f"reprise-test-{os.getpid()}"
+    meta = {"namespace": name}
+    apply(api, "/api/v1/namespaces", {"kind": "Namespace", "metadata": {"name": name}})
+    root = f"/api/v1/namespaces/{name}"
+    for account in ("reprise-step",):
+        apply(api, f"{root}/serviceaccounts", {"kind": "ServiceAccount", "metadata": {"name": account, **meta}})
+    spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    claim = {"kind": "PersistentVolumeClaim", "metadata": {"name": "reprise", **meta}, "spec": spec}
+    apply(api, f"{root}/persistentvolumeclaims", claim)
+    images = json.loads(os.environ.get("REPRISE_CLUSTER_IMAGES", json.dumps(IMAGES)))
+    yield ClusterPlace(namespace=name, images=images, node_loss_seconds=5)
+    api.delete(f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture
+def cluster(api: KubeApi, place: ClusterPlace) -> Iterator[Cluster]:
+    state = rig_state() / "pvc" / f"{place.namespace}-reprise" if is_rig() else None
+    if state is not None:
+        until = time.monotonic() + 20
+        while not state.is_dir() and time.monotonic() < until:  # bound by its first pod where the class waits for it
+            time.sleep(0.2)
+        os.chown(state, -1, place.user)  # what fsGroup does to the volume of a flow's pod
+        state.chmod(0o2775)
+    running = Cluster(place, api=api, state=state, start_patience=8.0)
+    yield running
+    running.close()
+
+
+def apply(api: KubeApi, collection: str, item: dict[str, Any]) -> None:
+    path = f"{collection}/{item['metadata']['name']}"
+    query = {"fieldManager": "reprise-test", "force": "true"}
+    api.request("PATCH", path, query=query, body={"apiVersion": "v1", **item}, content_type=APPLY_PATCH)
+
+
+def rig_state() -> Path:
+    return Path(os.environ["KUBECONFIG"]).resolve().parent
+
+
+def is_rig() -> bool:
+    return RIG.is_dir() and (rig_state() / "cluster.json").is_file()
+
+
+def needs_rig() -> None:
+    if not is_rig():
+        pytest.skip("KUBECONFIG is not a rig's: nothing here can take a node away")
+
+
+def reclaim(node: str, *how: str) -> subprocess.Popen[bytes]:
+    """Take a node away, as the cloud does; another of its kind comes for it."""
+    command = [sys.executable, str(RIG / "spot.py"), "--state", str(rig_state()), "reclaim", node, *how]
+    return subprocess.Popen(
+        [*command, "--replace-after", "1", "--replace-name", node], cwd=RIG, stdout=subprocess.DEVNULL
+    )
+
+
+def step(name: str, code: str, *args: str, **more: Any) -> Workload:
+    labels = {"run": "r", "pipeline": "digits", "step": "pull_data", "key": name[-12:]}
+    more = {"grace_seconds": 3.0, "resources": SMALL, "labels": labels, **more}
+    return Workload(name=name, image="step", command=("python", "-c", code, *args), **more)
+
+
+def training(name: str, folder: str, steps: int, **more: Any) -> Workload:
+    more = {"spot": True, "grace_seconds": 5.0, "resources": SMALL, "labels": {"key": folder}, **more}
+    command = ("python", "-c", TRAINER, f"/reprise/{folder}", str(steps))
+    return Workload(name=name, image="train", command=command, **more)
+
+
+class Background:
+    """A run in a thread of its own."""
+
+    def __init__(self, cluster: Cluster, workload: Workload) -> None:
+        self.lines: list[str] = []
+        self.found: list[Any] = []
+
+        def run() -> None:
+            try:
+                self.found.append(cluster.run(workload, on_line=self.lines.append))
+            except BaseException as error:
+                self.found.append(error)
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def until_line(self, text: str, seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while not any(text in line for line in self.lines):
+            assert time.monotonic() < until and not self.found, f"no line {text!r}: {self.lines} {self.found}"
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 120) -> Outcome:
+        self.thread.join(seconds)
+        assert self.found, f"it still waits: {self.lines}"
+        if isinstance(self.found[0], BaseException):
+            raise self.found[0]
+        outcome: Outcome = self.found[0]
+        return outcome
+
+
+def running_pods(cluster: Cluster, name: str) -> list[str]:
+    return [p["metadata"]["name"] for p in cluster.pods_of(name) if p["status"]["phase"] in ("Pending", "Running")]
+
+
+def node_of(cluster: Cluster, name: str, part: str = "") -> str:
+    return next(p["spec"]["nodeName"] for p in cluster.pods_of(name) if part in p["metadata"]["name"])
+
+
+def test_the_server_takes_every_golden_as_it_is(api: KubeApi, place: ClusterPlace) -> None:
+    import yaml
+
+    for path in sorted((Path(__file__).parent / "golden").glob("*.yaml")):
+        for item in yaml.safe_load_all(path.read_text()):
+            item["metadata"]["namespace"] = place.namespace
+            plural = {"PodDisruptionBudget": "poddisruptionbudgets"}.get(item["kind"], item["kind"].lower() + "s")
+            version = item["apiVersion"]
+            root = f"/{'apis' if '/' in version else 'api'}/{version}/namespaces/{place.namespace}/{plural}"
+            made = api.request("POST", root, query={"dryRun": "All", "fieldValidation": "Strict"}, body=item)
+            assert made["metadata"]["name"] == item["metadata"]["name"]
+
+
+def test_a_step(cluster: Cluster) -> None:
+    lines: list[str] = []
+    outcome = cluster.run(step("a-step", RESULT, "{result}"), on_line=lines.append)
+    assert (outcome.cause, outcome.exit_code, outcome.adopted) == ("complete", 0, False)
+    assert lines == ["hello"] and outcome.node
+    if cluster.state is not None:
+        assert outcome.result == {"ok": True, "result": 7}
+        assert Path(outcome.log).read_text() == "hello\n"
+    assert cluster.run(step("a-step", RESULT, "{result}")).adopted
+    assert list(cluster.logs("a-step")) == ["hello"]
+    with pytest.raises(GiveUp, match="expected other"):
+        cluster.run(step("a-step", RESULT, labels={"key": "other"}))
+
+
+def test_a_step_reads_its_request_and_tells_by_termination_message(cluster: Cluster) -> None:
+    code = "import json, sys; n = json.load(open(sys.argv[1]))['n']; open('/dev/termination-log', 'w').write(json.dumps({'ok': True, 'n': n}))"
+    blind = Cluster(cluster.settings, api=cluster.api)
+    blind.state = None  # as from a machine without the volume
+    outcome = blind.run(step("by-message", code, "{request}", request={"n": 41, "text": "é\n$(HOME) {x}"}))
+    assert outcome.result == {"ok": True, "n": 41}
+    blind.close()
+
+
+def test_a_failed_step_is_started_anew(cluster: Cluster) -> None:
+    code = "import pathlib, sys; p = pathlib.Path('/reprise/tries'); n = len(p.read_text()) if p.exists() else 0; p.write_text('x' * (n + 1)); sys.exit('broken' if n == 0 else 0)"
+    first = cluster.run(step("again", code))
+    assert (first.cause, first.exit_code) == ("user_error", 1) and "broken" in first.reason
+    second = cluster.run(step("again", code))
+    assert (second.cause, second.adopted) == ("complete", False)
+
+
+def test_an_image_that_is_nowhere(cluster: Cluster, place: ClusterPlace) -> None:
+    broken = Cluster(
+        ClusterPlace(namespace=place.namespace, images={"step": "nowhere.invalid/x:1"}),
+        api=cluster.api,
+        start_patience=2.0,
+    )
+    with pytest.raises(PreflightError, match=r"nowhere.invalid/x:1 cannot be pulled"):
+        broken.run(step("no-image", RESULT))
+    assert broken.api.find(broken.object_path("step", "no-image")) is None
+    broken.close()
+
+
+def test_a_step_that_fits_nowhere(cluster: Cluster) -> None:
+    wanted = step("too-big", RESULT, resources=Resources(cpus=10_000, memory="1Gi"), start_seconds=7.0)
+    lines: list[str] = []
+    outcome = cluster.run(wanted, on_line=lines.append)
+    assert outcome.cause == "no_capacity" and "Insufficient cpu" in outcome.reason
+    assert any("waiting: no node fits" in line for line in lines)
+
+
+def test_out_of_memory(cluster: Cluster) -> None:
+    wanted = step("too-much", "x = bytearray(300 << 20); print(len(x))", resources=Resources(cpus=0.05, memory="40Mi"))
+    outcome = cluster.run(wanted)
+    assert (outcome.cause, outcome.exit_code) == ("out_of_memory", 137), outcome.reason
+
+
+def test_deadline_and_stop(cluster: Cluster) -> None:
+    sleep = "import time; print('up', flush=True); time.sleep(300)"
+    outcome = cluster.run(step("late", sleep, deadline_seconds=3.0, grace_seconds=1.0))
+    assert outcome.cause == "deadline" and running_pods(cluster, "late") == []
+    run = Background(cluster, step("stopped", sleep, grace_seconds=20.0))
+    run.until_line("up")
+    began = time.monotonic()
+    cluster.stop("stopped", grace_seconds=1)
+    assert time.monotonic() - began < 15 and running_pods(cluster, "stopped") == []
+    assert run.end().cause == "cancelled"
+    cluster.stop("stopped")
+
+
+def test_a_job_deleted_by_hand_is_made_again(cluster: Cluster) -> None:
+    code = "import pathlib, time; p = pathlib.Path('/reprise/by-hand'); again = p.exists(); p.touch(); print('up', flush=True); time.sleep(0 if again else 300)"
+    run = Background(cluster, step("by-hand", code, grace_seconds=1.0))
+    run.until_line("up")
+    cluster.api.delete(cluster.object_path("step", "by-hand"), propagation="Background")
+    outcome = run.end()
+    assert outcome.cause == "complete" and any("deleted by somebody's hand" in line for line in run.lines)
+
+
+def test_an_evicted_step_starts_again_in_the_same_job(cluster: Cluster) -> None:
+    code = "import pathlib, time; p = pathlib.Path('/reprise/evicted'); again = p.exists(); p.touch(); print('up', again, flush=True); time.sleep(0 if again else 300)"
+    run = Background(cluster, step("evicted", code, grace_seconds=1.0))
+    run.until_line("up False")
+    pod = running_pods(cluster, "evicted")[0]
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
+    cluster.api.request("POST", f"{cluster.pod_path(pod)}/eviction", body=eviction)
+    outcome = run.end()
+    assert outcome.cause == "complete" and any("up True" in line for line in run.lines)
+    assert cluster.api.calls["POST"] >= 1
+
+
+def test_a_suspended_job_waits(cluster: Cluster) -> None:
+    wanted = step("held", RESULT, "{result}")
+    item = manifest(wanted, cluster.settings)
+    item["spec"]["suspend"] = True
+    path = cluster.object_path("step", "held")
+    cluster.api.request("POST", cluster.object_path("step", ""), body=item)
+    run = Background(cluster, wanted)
+    run.until_line("suspended")
+    cluster.api.request("PATCH", path, body={"spec": {"suspend": False}}, content_type="application/merge-patch+json")
+    assert run.end().cause == "complete"
+
+
+# --- attempts of a training
+
+
+def test_an_attempt_of_two_nodes(cluster: Cluster) -> None:
+    outcome = cluster.run(training("train-two-1", "two", 5, replicas=2))
+    assert (outcome.cause, outcome.exit_code) == ("complete", 0), outcome.reason
+    assert outcome.capacity == "spot"
+
+
+def test_an_attempt_reclaimed_with_notice(cluster: Cluster) -> None:
+    needs_rig()
+    run = Background(cluster, training("train-notice-1", "notice", 100_000))
+    run.until_line("starts at 0")
+    node = node_of(cluster, "train-notice-1")
+    told = time.time()
+    spot = reclaim(node, "--notice", "20")
+    outcome = run.end()
+    spot.wait(60)
+    assert (outcome.cause, outcome.exit_code, outcome.node) == ("spot", 143, node), outcome.reason
+    assert outcome.notice is not None and abs(outcome.notice - told) < 5
+    assert any("saved" in line for line in run.lines)
+    again = cluster.run(training("train-notice-1", "notice", 100_000))
+    assert (again.cause, again.adopted) == ("spot", True)
+    resumed = Background(cluster, training("train-notice-2", "notice", 100_000))
+    resumed.until_line("starts at")
+    assert "starts at 0" not in resumed.lines
+    cluster.stop("train-notice-2")
+    assert resumed.end().cause == "cancelled"
+
+
+def test_a_worker_reclaimed_without_notice_ends_the_attempt_and_its_peers_save(cluster: Cluster) -> None:
+    needs_rig()
+    run = Background(cluster, training("train-lost-1", "lost", 100_000, replicas=2))
+    run.until_line("starts at 0")
+    node = node_of(cluster, "train-lost-1", "worker-0")
+    spot = reclaim(node, "--no-notice")
+    outcome = run.end(180)
+    spot.wait(60)
+    assert (outcome.cause, outcome.node, outcome.notice) == ("node_lost", node, None), outcome.reason
+    assert any("saved" in line for line in run.lines)  # the master was told to leave
+    assert running_pods(cluster, "train-lost-1") == []
+
+
+def test_a_bug_of_a_training(cluster: Cluster) -> None:
+    wanted = training("train-bug-1", "bug", 1)
+    outcome = cluster.run(
+        Workload(
+            name=wanted.name,
+            image="train",
+            command=("python", "-c", "raise ValueError('no')"),
+            resources=SMALL,
+            labels=wanted.labels,
+        )
+    )
+    assert (outcome.cause, outcome.exit_code) == ("user_error", 1) and "ValueError: no" in outcome.reason
+
+
+def test_a_pytorchjob_deleted_by_hand_is_made_again(cluster: Cluster) -> None:
+    run = Background(cluster, training("train-hand-1", "hand", 30))
+    run.until_line("starts at 0")
+    cluster.api.delete(cluster.object_path("train", "train-hand-1"), propagation="Background")
+    outcome = run.end()
+    assert outcome.cause == "complete", outcome.reason
+    assert sum("starts at" in line for line in run.lines) == 2
+
+
+def test_no_spot_capacity(cluster: Cluster, place: ClusterPlace) -> None:
+    from dataclasses import replace
+
+    nowhere = Cluster(replace(place, spot_selector={"karpenter.sh/capacity-type": "none"}), api=cluster.api)
+    outcome = nowhere.run(training("train-none-1", "none", 1, start_seconds=6.0))
+    assert outcome.cause == "no_capacity" and "karpenter.sh/capacity-type=none" in outcome.reason
+    nowhere.close()
