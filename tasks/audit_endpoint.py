@@ -16,7 +16,8 @@ from deployments.serving import Served, TorchServe
 from tasks.archive import content_digest
 from tasks.champion import Champion
 from tasks.endpoint import EndpointRecord, Version
-from tasks.rollout import Limits, Rollout
+from tasks.proof import Limits
+from tasks.rollout import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from deployments.serving import TorchServe
 from tasks.admission import AdmissionRequest, admit
 from tasks.champion import Champion
 from tasks.endpoint import EndpointRecord, Version
-from tasks.golden import read_golden
-from tasks.rollout import Limits, Rollout
+from tasks.proof import Limits
+from tasks.rollout import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,5 +191,4 @@ def in_service(rollout: Rollout, target: Version) -> bool:
 
 def verify(rollout: Rollout, target: Version) -> int:
     """Golden requests to what is in service. Raises GiveUp if it answers wrongly."""
-    golden = read_golden(target.golden, target.golden_count)
-    return rollout.prove(target, rollout.check_mar(target), golden, pinned=False)
+    return rollout.proof(target, target.golden_count).prove(pinned=False)

@@ -4,15 +4,13 @@ The order is the one that lost nothing when it was measured: register without wa
 requests to the new version, canary, default version, soak, alias, commit; then the old one is drained and removed.
 Every phase is recorded before its effect. Whatever fails or kills it, `reconcile` makes server and registry equal the
 record again: before the commit that is the old version, after it the new one. So a repeated deployment needs no
-special case. Not covered: locks and requests (tasks.deploy_model), what a right answer is (tasks.golden).
+special case. Not covered: locks and requests (tasks.deploy_model), what a right answer is (tasks.proof).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +20,11 @@ from deployments.torchserve_launch import worker_error
 from tasks.archive import validate_archive
 from tasks.champion import Champion
 from tasks.endpoint import EndpointRecord, Version
-from tasks.golden import Golden, judge, read_golden
+from tasks.golden import read_golden
+from tasks.proof import Limits, Proof
 
 CRASHES = 2  # worker processes that died while loading: more of them is a loop, not bad luck
 POLL = 0.1  # seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a new version has to keep to. Seconds."""
-
-    start_seconds: float = 120.0  # until its workers are READY
-    soak_seconds: float = 1.0
-    canary_samples: int = 0  # held-out samples asked of both versions; 0: the golden ones only
-    min_agreement: float = 1.0  # of the new version's answers with its own torch model
-    max_accuracy_drop: float = 0.05  # against the version in service, on the same labelled samples
-    max_p95_seconds: float = 1.0
-    request_seconds: float = 30.0
-    server_logs: str = ""  # TorchServe's log folder, if it is on this machine
 
 
 class Rollout:
@@ -61,8 +46,7 @@ class Rollout:
     def move(self, kind: str, target: Version) -> int:
         """Put `target` into service; returns the number of golden requests it answered. Raises GiveUp or TryAgain
         after everything is as before."""
-        content = self.check_mar(target)
-        golden = read_golden(target.golden, max(target.golden_count, self.limits.canary_samples))
+        proof = self.proof(target, max(target.golden_count, self.limits.canary_samples))
         unfinished = self.record.read()["transaction"]
         if unfinished and (
             unfinished["phase"] in ("committed", "undoing") or unfinished["target"]["label"] != target.label
@@ -72,7 +56,7 @@ class Rollout:
         self.record.begin(kind, target, self.champion.read())
         self.on_phase("begun")
         try:
-            passed = self.prove_and_switch(target, content, golden)
+            passed = self.prove_and_switch(target, proof)
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
             try:
@@ -89,17 +73,17 @@ class Rollout:
         self.record.close("in service", golden=passed)
         return passed
 
-    def prove_and_switch(self, target: Version, content: str, golden: list[Golden]) -> int:
+    def prove_and_switch(self, target: Version, proof: Proof) -> int:
         """From registering to the commit."""
         self.note("registering")
         self.register(target)
         self.note("proving")
-        passed = self.prove(target, content, golden, pinned=True)
-        self.canary(golden)
+        passed = proof.prove(pinned=True)
+        proof.canary(self.record.serving())
         self.note("switching")
         self.server.set_default(self.model, target.label)
         self.note("soaking")
-        passed += self.soak(target, content, golden)
+        passed += self.soak(target, proof)
         self.note("aliasing")
         self.champion.move(target.version)
         self.on_phase("aliased")
@@ -109,6 +93,17 @@ class Rollout:
             )
         self.record.commit(target)
         return passed
+
+    def proof(self, target: Version, samples: int) -> Proof:
+        """What the target has to answer. Raises GiveUp if its archive or its golden answers are damaged."""
+        return Proof(
+            server=self.server,
+            model=self.model,
+            target=target,
+            content=self.check_mar(target),
+            golden=read_golden(target.golden, samples),
+            limits=self.limits,
+        )
 
     def note(self, phase: str) -> None:
         self.record.phase(phase)
@@ -162,77 +157,11 @@ class Rollout:
         error = worker_error(Path(self.limits.server_logs), since) if self.limits.server_logs else ""
         return error or "the reason stands in TorchServe's model_log.log"
 
-    def prove(self, target: Version, content: str, golden: list[Golden], *, pinned: bool) -> int:
-        """Ask every golden request and judge the answers. Raises GiveUp with the first wrong one."""
-        slow, wrong = list[float](), list[str]()
-        may_be_slow = len(golden) - math.ceil(0.95 * len(golden))  # more than these, and the p95 is over its limit
-        label = target.label if pinned else ""
-        if pinned:  # the first request pays for what torch sets up lazily, and would be the p95 of twenty
-            self.server.predict(self.model, golden[0].body, label=label, timeout=self.limits.request_seconds)
-        for sample in golden:
-            taken, why = self.ask(target, content, sample, label)
-            if why:
-                wrong.append(f"{sample.name}: {why}")
-            if taken > self.limits.max_p95_seconds:
-                slow.append(taken)
-            if len(slow) > may_be_slow:  # decided: a slow model need not be asked everything
-                raise GiveUp(
-                    f"{self.model} {target.label}: {len(slow)} golden requests took {min(slow):.3f} s and more; p95 of "
-                    f"{len(golden)} may be {self.limits.max_p95_seconds:g} s"
-                )
-        share = 1 - len(wrong) / len(golden)
-        if share < self.limits.min_agreement:
-            raise GiveUp(
-                f"{self.model} {target.label}: {len(wrong)} of {len(golden)} golden requests answered wrongly; "
-                f"first {wrong[0]}"
-            )
-        return len(golden) - len(wrong)
-
-    def ask(self, target: Version, content: str, sample: Golden, label: str) -> tuple[float, str]:
-        """One golden request: seconds, and what is wrong with the answer ("" for nothing)."""
-        answer = self.server.predict(self.model, sample.body, label=label, timeout=self.limits.request_seconds)
-        document = answer.document()
-        if answer.status != 200:
-            return answer.seconds, f"status {answer.status}: {answer.body.decode(errors='replace')[:300]}"
-        for found, wanted, what in (
-            (document.get("model_version"), target.version, "model_version"),
-            (answer.headers.get("x-model-label"), target.label, "label"),
-            (answer.headers.get("x-content-digest"), content, "digest of the served files"),
-        ):
-            if found != wanted:
-                return answer.seconds, f"{what} {found!r}, expected {wanted!r}"
-        return answer.seconds, judge(document, sample.answer, target.tolerance).why
-
-    def canary(self, golden: list[Golden]) -> None:
-        """The version in service answers the same labelled samples; the new one must not be clearly worse.
-
-        Both are judged on answers. What the new one answers equals its golden answers by now, so only the old one is
-        asked. TorchServe cannot split traffic by share: the canary's share of real traffic is 0 here, and all of it
-        after the switch. Raises GiveUp.
-        """
-        old = self.record.serving()
-        labelled = [sample for sample in golden if sample.label is not None]
-        if old is None or not labelled or self.limits.canary_samples == 0:
-            return
-        right, asked = 0, 0
-        for sample in labelled:
-            answer = self.server.predict(self.model, sample.body, label=old.label, timeout=self.limits.request_seconds)
-            if answer.status == 200:  # a request that only the new version understands says nothing about the old
-                asked += 1
-                right += answer.document().get("label") == sample.label
-        before = right / asked if asked else 0.0
-        after = sum(sample.answer["label"] == sample.label for sample in labelled) / len(labelled)
-        if asked >= len(labelled) / 2 and after < before - self.limits.max_accuracy_drop:
-            raise GiveUp(
-                f"{self.model}: the new version is right on {after:.3f} of {len(labelled)} labelled samples, the one "
-                f"in service on {before:.3f}; allowed is {self.limits.max_accuracy_drop:g} less"
-            )
-
-    def soak(self, target: Version, content: str, golden: list[Golden]) -> int:
+    def soak(self, target: Version, proof: Proof) -> int:
         """With real traffic on it, the new version keeps answering rightly and keeps its workers. Raises GiveUp."""
         end, passed, before = time.monotonic() + self.limits.soak_seconds, 0, self.find(target.label)
         while True:
-            passed += self.prove(target, content, golden[: target.golden_count], pinned=False)
+            passed += proof.prove(pinned=False, count=target.golden_count)
             if time.monotonic() >= end:
                 break
             time.sleep(min(0.2, max(0.0, end - time.monotonic())))

@@ -78,6 +78,19 @@ def test_a_plain_archive_passes(tmp_path: Path, method: int) -> None:
     assert content_digest(path) == passed.content_digest
 
 
+def test_an_archive_beyond_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sizes and offsets need wide fields; Python writes them here for anything over 100 bytes."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    data = pack(PLAIN)
+    assert b"PK\6\6" in data and b"PK\6\7" in data and data.count(b"\xff\xff\xff\xff") > 6
+    path = tmp_path / "wide.mar"
+    path.write_bytes(data)
+    assert set(validate_archive(path, expected=PLAIN).entries) == set(PLAIN)
+    record = data.index(b"PK\6\6")
+    for at in (record + 4, record + 24, record + 48, data.index(b"PK\6\7") + 8):
+        refused(tmp_path, data[:at] + b"\x7f" + data[at + 1 :])
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [

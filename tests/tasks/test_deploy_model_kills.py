@@ -1,6 +1,6 @@
 """100 seeded kills of the deploying process against a real TorchServe: one version in service each time, all agreeing.
 
-    .venv/bin/python -m pytest -m long tests/tasks/test_deploy_kills.py
+    .venv/bin/python -m pytest -m long tests/tasks/test_deploy_model_kills.py
 
 Half of the kills are at a transition, half at a random moment. Then the same deployment runs again.
 """
