@@ -140,18 +140,18 @@ class Launch:
         return Ending(code=EXIT_USER_ERROR, reason=f"torchrun exited {code}, and the training is not complete")
 
     def _torchrun(self) -> list[str]:
-        shutdown = max(1.0, self.grace - 2 * MARGIN)
         return [
             *self.nodes,
             f"--nproc-per-node={self.processes}",
             "--max-restarts=0",  # restarting is decided here: torchrun cannot tell a bug from a kill
             "--monitor-interval=0.1",
-            f"--shutdown-timeout={round(shutdown)}",
         ]
 
     def _environment(self, status: Path) -> Mapping[str, str]:
         return {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a restart reads the dead workers' addresses
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else the agent's look for GPUs spoils CUDA for forked workers
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(round(max(1.0, self.grace - 2 * MARGIN))),
             STATUS_DIR: str(status),
             LAUNCHER: str(os.getpid()),
             LEAVE_WITHIN: str(max(1.0, self.grace - 3 * MARGIN)),

@@ -104,12 +104,13 @@ class OrderedSum:
             self._sent.view(self.world, len(self.mine), self._chunk).copy_(by_rank)
         sizes = [len(shards_of(r, self.world, self.shards)) * self._chunk for r in range(self.world)]
         mine = [len(self.mine) * self._chunk] * self.world
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # named so until 2.12
         try:
             dist.all_to_all_single(self._received.view(-1), self._sent.view(-1), sizes, mine)
             chunk = self._received[0]
             for row in self._received[1:]:
                 chunk.add_(row)
-            dist.all_gather_single(self._total, chunk)
+            all_gather(self._total, chunk)
         except RuntimeError as error:
             raise PeerLost(str(error).splitlines()[0]) from error
 

@@ -21,7 +21,7 @@ from training.checkpoint import IdentityMismatch, NoGoodCheckpoint
 from training.dataset import extend_digest, fetch
 from training.evaluate import to_device
 from training.finish import finish
-from training.interruption import LAUNCHER, LEAVE_WITHIN, Interruption, die_with_agent, end, write_status
+from training.interruption import LEAVE_WITHIN, Interruption, die_with_agent, end, write_status
 from training.model import BadModule
 from training.progress import PACE, Progress
 from training.random_state import RandomState
@@ -128,8 +128,7 @@ def run(spec: TrainSpec, workers: Workers) -> int:
     progress = Progress(spec.progress if workers.rank == 0 else "")
     make_exact(spec, workers.device)
     interruption = Interruption(leave_within=float(os.environ.get(LEAVE_WITHIN, "25"))).install()
-    if os.environ.get(LAUNCHER):
-        Progress(spec.progress).event("worker", rank=workers.rank, pid=os.getpid())
+    Progress(spec.progress).event("worker", rank=workers.rank, pid=os.getpid())
     training: Training | None = None
     try:
         training, resumed = set_up(spec, workers, interruption, progress)
