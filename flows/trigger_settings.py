@@ -27,6 +27,10 @@ def _cron(value: str) -> str:
 
     from cronsim import CronSim, CronSimError
 
+    if len(value.split()) != 5:
+        raise ValueError(
+            'expected five fields "minute hour day month weekday", such as "0 3 * * *" (every day at 3:00)'
+        )
     try:
         CronSim(value, datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
     except CronSimError as error:
