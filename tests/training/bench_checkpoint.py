@@ -128,10 +128,16 @@ def one_size(size: str, rounds: int, folder: Path, tell: Callable[[str], None]) 
     memcpy()
     stalls, durables, ratios = defaultdict(list), defaultdict(list), defaultdict(list)
     ways = make_ways(loop.model, loop.optimizer, folder, tell)
-    with closing_all(ways):
-        for way in ways:  # the first save of each allocates and spawns
-            measure_stall(way, loop, 0)
-            way.clean(0)
+    with closing_all([*ways]):
+        for way in [*ways]:  # the first save of each allocates and spawns
+            try:
+                measure_stall(way, loop, 0)
+                way.clean(0)
+            except Exception as error:  # a peer's own; it is told and left out
+                if isinstance(way, Reprise):
+                    raise
+                tell(f"{way.name}: failed ({type(error).__name__}: {error})")
+                ways.remove(way)
         reprise = next(way for way in ways if type(way) is Reprise)
         for number in range(1, rounds + 1):
             order = ways[number % len(ways) :] + ways[: number % len(ways)]

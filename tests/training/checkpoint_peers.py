@@ -189,7 +189,8 @@ class Accelerate(Way):
 
 
 class TorchCheckpointing(Way):
-    """With the configuration that its documentation gives for a CPU, asynchronous, shared memory."""
+    """Asynchronous, with the staging that its documentation gives for a CPU, in shared memory. Its direct I/O, on by
+    default, writes unaligned blocks, which ext4 refuses (EINVAL), so it is off."""
 
     name = "torch_checkpointing"
     fsyncs = False
@@ -199,11 +200,15 @@ class TorchCheckpointing(Way):
         from torch_checkpointing import CheckpointManager
         from torch_checkpointing.config import AsyncCheckpointSaverConfig
         from torch_checkpointing.staging import CheckpointStagerConfig
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
         staging = CheckpointStagerConfig(
             use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
         )
-        config = CheckpointManager.Config(save=AsyncCheckpointSaverConfig(staging_config=staging))
+        config = CheckpointManager.Config(
+            save=AsyncCheckpointSaverConfig(staging_config=staging),
+            storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+        )
         self.manager = CheckpointManager(config)
         self.manager.prewarm_staging(self.state())
         self.written: Any = None

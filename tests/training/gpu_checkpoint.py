@@ -230,11 +230,11 @@ def main() -> int:
         for name, room in (("with room", True), ("without room", False)):
             results[name] = reprise(training, folder / name, options.repeats, room, options.steps)
             print(json.dumps({name: results[name]}, indent=1), flush=True)
+            shutil.rmtree(folder / name)
         results |= comes_back(
             training, Training(options.layers, options.width, options.tokens, seed=1), folder / "again"
         )
-        for name in ("with room", "without room", "again"):
-            shutil.rmtree(folder / name)
+        shutil.rmtree(folder / "again")
         results["peers, stall in seconds"] = peers(training, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
