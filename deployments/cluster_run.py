@@ -331,6 +331,7 @@ class ClusterRun:
             why = "it was deleted twice by somebody's hand"
             return self._finish(self._object()[0], pods, Ending(cause="cancelled", reason=why))
         self.recreated += 1
+        self.feed.finish(2.0)  # before another pod has the name
         self.feed.say(f"{self.workload.name} was deleted by somebody's hand; making it again")
         self._create_or_adopt()
         self.event.set()

@@ -148,6 +148,7 @@ class LogFeed:
         """The pod has ended: read what is left."""
         if self._current is not None:
             self._current.finish(seconds)
+            self._current = None
 
     def close(self) -> None:
         """Stop reading."""
