@@ -203,6 +203,8 @@ class SharedWatch:
         }
         self._lines = self.api.stream(self.path, query, quiet_seconds=QUIET_SECONDS)
         self._away_since = None
+        if self._closed.is_set():  # while it was being opened
+            self._lines.close()
         for line in self._lines:
             event = json.loads(line)
             item = event["object"]

@@ -86,7 +86,7 @@ def pod_end(
         asked = (stamp(deleting) or now) - float(metadata.get("deletionGracePeriodSeconds") or 0)
         notice = asked if notice is None else min(notice, asked)
     cause, reason = _cause(pod, gone, code, terminated, disruption, node_name, nodes.get(node_name, {}), events)
-    if cause == "node_lost" and (not disruption or disruption.get("reason") in ("DeletionByPodGC",)):
+    if cause == "node_lost" and code is None:
         notice = None  # nobody told it: the mark came when it was gone
     began = min([t for t in (finished, stamp(disruption.get("lastTransitionTime")), notice) if t] or [now])
     return PodEnd(

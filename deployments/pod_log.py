@@ -76,6 +76,8 @@ class PodLog:
             query["sinceTime"] = self._last
         skip = self._same
         self._lines = self.api.stream(self.path, query, quiet_seconds=QUIET_SECONDS)
+        if self._closed.is_set():  # while it was being opened
+            self._lines.close()
         before = self._last
         for raw in self._lines:
             stamp, _, text = raw.decode(errors="replace").rstrip("\r").partition(" ")
