@@ -93,4 +93,7 @@ def run_step(name: str, request_path: Path, result_path: Path) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit("usage: python -m tasks.step NAME request.json result.json")
-    sys.exit(run_step(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])))
+    code = run_step(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the result is written: taking MLflow and matplotlib apart again would cost a second and give nothing
