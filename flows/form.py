@@ -43,15 +43,22 @@ class TrainingForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", title="Training")
 
-    epochs: Annotated[int, Field(title="Epochs", description="Passes over the training data.", ge=1, le=100_000)] = 1
+    epochs: Annotated[
+        int | None, Field(title="Epochs", description="Passes over the training data.", ge=1, le=100_000)
+    ] = None
     batch_size: Annotated[
-        int, Field(title="Batch size", description="Samples a step, over all workers.", ge=1, le=1_000_000)
-    ] = 32
-    seed: Annotated[int, Field(title="Seed", description="Another seed is another training.", ge=0, le=2**31 - 1)] = 0
+        int | None, Field(title="Batch size", description="Samples a step, over all workers.", ge=1, le=1_000_000)
+    ] = None
+    seed: Annotated[
+        int | None, Field(title="Seed", description="Another seed is another training.", ge=0, le=2**31 - 1)
+    ] = None
     precision: Annotated[
-        Literal["float32", "bfloat16"], Field(title="Precision", description="Of the numbers while training.")
-    ] = "float32"
-    workers: Annotated[int, Field(title="Workers", description="Processes of torchrun; one a GPU.", ge=1, le=4096)] = 1
+        Literal["float32", "bfloat16"] | None,
+        Field(title="Precision", description="Of the numbers while training."),
+    ] = None
+    workers: Annotated[
+        int | None, Field(title="Workers", description="Processes of torchrun; one a GPU.", ge=1, le=4096)
+    ] = None
     params: Annotated[
         dict[str, bool | int | float | str],
         Field(title="The model's own", description="[train.params], read by the model's code."),
@@ -62,7 +69,7 @@ def overrides_of(train: TrainingForm | None, pipeline: PipelineSettings) -> list
     """The fields that say something else than pipeline.toml, as "train.epochs=3"."""
     if train is None:
         return []
-    given = train.model_dump(exclude_unset=True)
+    given = train.model_dump(exclude_none=True)
     params = given.pop("params", {})
     changed = [f"train.{k}={_toml(v)}" for k, v in given.items() if getattr(pipeline.train, k) != v]
     return changed + [
@@ -82,7 +89,7 @@ def form(pipeline: PipelineSettings, *, place: str, revs: Sequence[str] = ()) ->
     training = TrainingForm.model_json_schema()
     for name, field in training["properties"].items():
         if name != "params":
-            field["default"] = getattr(pipeline.train, name)
+            field |= {**field.pop("anyOf")[0], "default": getattr(pipeline.train, name)}
     params = pipeline.train.params
     if params:
         training["properties"]["params"] = {

@@ -31,6 +31,7 @@ from flows.prefect_start import remember_flow_run
 from flows.program import run_program
 from flows.run import Run
 from flows.start import run_title
+from flows.training_progress import training_progress
 from tasks.train_model import TrainedModel, progress_of
 
 GRACE_SECONDS = 25.0  # Prefect kills a cancelled flow 30 s after it was told
@@ -41,7 +42,8 @@ async def published(run: Run) -> AsyncIterator[None]:
     """Show the plan before the steps and the outcome after them, whatever it is."""
     await _begin(run)
     try:
-        yield
+        async with training_progress(run):
+            yield
     except asyncio.CancelledError:
         _stopped(run)
         raise

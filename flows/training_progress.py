@@ -1,0 +1,71 @@
+"""The training's progress bar in Prefect's UI: step, epoch and loss, from the file that the trainer writes.
+
+Drawn only while train_model runs and only when it takes long enough to be looked at. A server that is away costs the
+bar. Not covered: the terminal's line (flows.watch), the curve afterwards (flows.curve).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
+
+from flows.run import Run
+
+SECONDS = 3.0  # between looks
+TAIL_BYTES = 4096
+
+
+@asynccontextmanager
+async def training_progress(run: Run) -> AsyncIterator[None]:
+    """Keep the bar up to date while the body runs."""
+    drawing = asyncio.create_task(_draw(run))
+    try:
+        yield
+    finally:
+        drawing.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # a bar is no reason to fail
+            await drawing
+
+
+async def _draw(run: Run) -> None:
+    file = run.store.path / "trainings" / run.plan.steps["train_model"].key / "progress.jsonl"
+    bar: Any = None
+    while True:
+        await asyncio.sleep(SECONDS)
+        if run.step_row("train_model")["status"] != "running" and bar is None:
+            continue
+        if (last := newest_step(file)) is None:
+            continue
+        share = 100.0 * last["step"] / max(1, last["max_steps"])
+        said = f"step {last['step']} of {last['max_steps']}, epoch {last['epoch']}, loss {last['loss']:.4g}"
+        if bar is None:
+            bar = await acreate_progress_artifact(progress=share, key="training", description=said)
+        else:
+            await aupdate_progress_artifact(bar, progress=share, description=said)
+        if run.step_row("train_model")["status"] != "running":
+            return
+
+
+def newest_step(file: Path) -> dict[str, Any] | None:
+    """The last step that the trainer told of, None if there is none yet."""
+    try:
+        with file.open("rb") as text:
+            text.seek(max(0, file.stat().st_size - TAIL_BYTES))
+            lines = text.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and {"step", "max_steps", "epoch", "loss"} <= entry.keys():
+            return entry
+    return None
