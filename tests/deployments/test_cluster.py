@@ -542,7 +542,7 @@ def test_a_log_that_is_cut_resumes_without_losing_or_repeating_a_line(kube: Kube
         kube.changed.notify_all()
     kube.wait(lambda: len(run.lines) == 5)
     kube.open_logs.clear()
-    kube.end_pod(pod, 0)
+    kube.end_pod(pod, 0, message='{"ok": true}')
     kube.condition(JOBS, NAME, "Complete")
     run.end()
     assert run.lines == ["a", "b", "b", "c", "d"]

@@ -23,6 +23,7 @@ from deployments.manifests import (
     training_job,
     yaml_of,
 )
+from deployments.serving_manifests import Serving, serving_objects
 from deployments.workload import Resources, Workload
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -79,6 +80,16 @@ CASES = {
 }
 
 
+SERVING = Serving(
+    pipeline="digits",
+    version="3",
+    label="3.1a2b3c4d",
+    mar="/reprise/store/models/digits-3.1a2b3c4d.mar",
+    sha256="f" * 64,
+    golden="/reprise/store/trainings/0123456789ab/output/heldout.jsonl",
+)
+
+
 def pod_specs(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if item["kind"] == "PyTorchJob":
         yield from (r["template"]["spec"] for r in item["spec"]["pytorchReplicaSpecs"].values())
@@ -87,12 +98,43 @@ def pod_specs(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_goldens() -> None:
-    for name, (workload, place) in CASES.items():
-        text, path = yaml_of([manifest(workload, place)]), GOLDEN / f"{name}.yaml"
+    objects = {name: [manifest(workload, place)] for name, (workload, place) in CASES.items()}
+    for name, items in {**objects, "serving": serving_objects(SERVING, PLACE)}.items():
+        text, path = yaml_of(items), GOLDEN / f"{name}.yaml"
         if os.environ.get("REPRISE_WRITE_GOLDEN"):
             path.write_text(text)
         assert text == path.read_text(), f"{path} differs: read the diff, then write it anew as the module says"
-        assert yaml.safe_load(text) == manifest(workload, place)
+        assert list(yaml.safe_load_all(text)) == items
+
+
+def test_a_rollout_takes_no_ready_pod_away_and_a_pod_that_leaves_serves_on() -> None:
+    from kubernetes.client import V1Deployment, V1PodDisruptionBudget, V1Service
+
+    service, budget, deployment = serving_objects(SERVING, PLACE)
+    V1Service.model_validate(service)
+    V1PodDisruptionBudget.model_validate(budget)
+    V1Deployment.model_validate(deployment)
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    spec = deployment["spec"]["template"]["spec"]
+    main = spec["containers"][0]
+    drain = float(main["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert spec["terminationGracePeriodSeconds"] >= drain + SERVING.response_timeout
+    assert "ready" in main["readinessProbe"]["exec"]["command"]  # the model's answer, not an open port
+    assert all(mount["name"] != "state" for mount in main["volumeMounts"])  # what it serves is its own copy
+    fetch = spec["initContainers"][0]["command"]
+    assert fetch[fetch.index("--sha256") + 1] == "f" * 64
+    selector = deployment["spec"]["selector"]["matchLabels"]
+    assert selector == service["spec"]["selector"] == budget["spec"]["selector"]["matchLabels"]
+    assert selector.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    other = serving_objects(replace(SERVING, version="4", label="4.x"), PLACE)
+    assert other[:2] == [service, budget] and other[2]["spec"]["selector"] == deployment["spec"]["selector"]
+
+
+def test_a_service_name_is_a_dns_label() -> None:
+    for pipeline in ("Digits_v1.0", "x" * 80, "a b"):
+        name = replace(SERVING, pipeline=pipeline).name
+        assert name.startswith("serve-") and len(name) <= 63
+        step_job(replace(STEP, name=name), PLACE)
 
 
 @pytest.mark.parametrize("name", CASES)
