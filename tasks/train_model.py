@@ -22,6 +22,7 @@ from typing import Any
 from deployments.errors import ConfigError, GiveUp, TryAgain
 from deployments.workload import INTERRUPTIONS, Outcome, Resources, Runner, Workload
 from tasks.records import Attempt, Store
+from training.progress import EVERY
 from training.spec import EXIT_BAD_SPEC, EXIT_NO_GOOD_CHECKPOINT, TrainResult, TrainSpec
 from training.tracking import (
     ChangedParameters,
@@ -218,7 +219,7 @@ def _workload(request: TrainRequest, spec: TrainSpec) -> Workload:
         image="train",
         command=("python", "-m", "training.launch", "--spec", "{request}", "--processes", str(request.workers)),
         request=asdict(spec),
-        env={"REPRISE_PROGRESS": spec.progress, "OMP_NUM_THREADS": str(spec.threads)},
+        env={"REPRISE_PROGRESS": spec.progress, EVERY: "0.1", "OMP_NUM_THREADS": str(spec.threads)},
         resources=request.resources,
         processes=request.workers,
         spot=request.spot,

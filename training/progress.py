@@ -22,10 +22,17 @@ class Progress:
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if path else -1
         self._told = 0.0
+        self._epoch = -1
         self._every = float(os.environ.get(EVERY, "0.5"))
 
     def step(self, *, step: int, max_steps: int, epoch: int, loss: float, always: bool = False) -> None:
-        """Tell a finished step; at most one line per half second (or what EVERY says) unless `always`."""
+        """Tell a finished step; at most one line per half second (or what EVERY says) unless `always`.
+
+        The first step of each epoch also goes to the log, for whoever reads that.
+        """
+        if self._file >= 0 and epoch != self._epoch:
+            self._epoch = epoch
+            print(f"epoch {epoch + 1}: step {step}/{max_steps}, loss {loss:.4f}", flush=True)
         if always or time.monotonic() - self._told >= self._every:
             self._told = time.monotonic()
             self._write({"step": step, "max_steps": max_steps, "epoch": epoch, "loss": loss, "time": time.time()})
