@@ -14,34 +14,28 @@ random states: `CheckpointInfo.per_rank` gives them all.
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
-import queue
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from training import shard_file
+from training.agreement import Agreement
 from training.checkpoint_audit import main, newest_complete, verify
+from training.checkpoint_info import CheckpointInfo, Skipped, p95
 from training.checkpoint_load import IdentityMismatch, Verified, take, verify_for
-from training.checkpoint_plan import plan_save, signature
+from training.checkpoint_plan import Structure, plan_save, structure_of
 from training.checkpoint_store import CheckpointWriteError, Store, open_store
+from training.checkpoint_writer import CheckpointWriter, Job
 from training.device_staging import DeviceStaging
-from training.manifest import DamagedCheckpoint, Manifest, StoredFile
-from training.shard_file import Layout, shard_name
-from training.staging import HostStaging, Snapshot, Staging
-from training.state_codec import encode
+from training.manifest import DamagedCheckpoint, Manifest
+from training.shard_file import Layout
+from training.staging import HostStaging, Sources, Staging
+from training.state_codec import Encoded, encode
 from training.state_tree import FlatState, StateMismatch, flatten
 
 __all__ = [
@@ -64,76 +58,20 @@ class NoGoodCheckpoint(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A damaged checkpoint that `load` passed over."""
-
-    name: str
-    reason: str
-    moved_to: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """A committed checkpoint. `per_rank[r]` is what rank r of the saving world gave; `mine` is this rank's when the
-    world has the same size, else None. Right after a save, `per_rank` holds only this rank's."""
-
-    step: int
-    complete: bool
-    world: int
-    name: str
-    url: str
-    meta: Mapping[str, Any]
-    manifest: Manifest
-    per_rank: tuple[Any, ...] = ()
-    mine: Any = None
-    skipped: tuple[Skipped, ...] = ()
-
-
-def p95(values: Sequence[float]) -> float:
-    """The 95th percentile (nearest rank, so a measured value); nan for none."""
-    return sorted(values)[math.ceil(0.95 * len(values)) - 1] if values else math.nan
-
-
-def _environment() -> dict[str, str]:
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError), open("/proc/cpuinfo") as lines:
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "processor": processor}
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    return found
-
-
-@dataclass(kw_only=True)
 class _Plan:
     """Which parts of which tensors this rank writes; valid while the state's structure stays the same."""
 
-    signature: int
+    structure: Structure
     layout: Layout
     staging: Staging
-
-
-@dataclass(kw_only=True)
-class _Job:
-    """One save on its way."""
-
-    step: int
-    name: str
-    complete: bool
-    metadata: dict[str, Any]
-    meta: Any
-    per_rank: Any
-    plan: _Plan
-    started: float
-    snapshot: Snapshot
-    durable: Future[CheckpointInfo]
-    stall_index: int | None = None  # of this save in `stall_seconds`
+    copied: frozenset[str]  # keys that do not hold still until the optimizer's step, or are not plain tensors
 
 
 class Checkpointer:
     """Saves and loads the checkpoints of one training. All ranks construct one and call the same methods in the same
     order. `group` must be a gloo group that nothing else uses; by default one is made. `identity` are digests (code,
-    config, data) that a loaded checkpoint must match."""
+    config, data) that a loaded checkpoint must match. `stall_seconds` has one entry per save: what it cost the caller;
+    `durable_seconds` the time from the call to the commit."""
 
     def __init__(
         self,
@@ -150,42 +88,18 @@ class Checkpointer:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} of world={world}: expected 0 <= rank < world")
         self.store: Store = open_store(url)
-        self.keep, self.rank, self.world = keep, rank, world
+        self.rank, self.world = rank, world
         self.identity = dict(identity or {})
-        self.stall_seconds: list[float] = []
-        self.durable_seconds: list[float] = []
-        if world > 1 and group is None:
-            group = dist.new_group(backend="gloo")
-        self._group = group
+        self._agreement = Agreement(rank, world, group)
+        self._writer = CheckpointWriter(self.store, self._agreement, keep, self.identity)
+        self.stall_seconds = self._writer.stall_seconds
+        self.durable_seconds = self._writer.durable_seconds
         # Directories of one step sort by attempt: time first, then something that no other attempt has.
-        self._token = self._agree_on(f"{time.time_ns() // 1_000_000:012x}{os.urandom(2).hex()}")
+        self._token = self._agreement.first(f"{time.time_ns() // 1_000_000:012x}{os.urandom(2).hex()}")
         self._count = 0
         self._plan: _Plan | None = None
-        self._job: _Job | None = None
+        self._job: Job | None = None
         self._pending_stall: float | None = None
-        self._failures: deque[BaseException] = deque()
-        self._environment = _environment()
-        self._swept = False
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._writer: threading.Thread | None = None
-
-    # -- agreement between ranks ------------------------------------------------------------------------------------
-
-    def _gather(self, kind: str, value: Any) -> list[Any]:
-        """Every rank's value, in rank order. `kind` shows when ranks are not at the same place of the protocol."""
-        if self.world == 1:
-            return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, (kind, value), group=self._group)
-        if len(kinds := {entry[0] for entry in found}) > 1:
-            raise RuntimeError(
-                f"ranks disagree about what to checkpoint: {sorted(kinds)}; all must save the same state"
-            )
-        return [entry[1] for entry in found]
-
-    def _agree_on(self, value: Any) -> Any:
-        """Rank 0's value."""
-        return self._gather("agree", value)[0]
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -206,31 +120,26 @@ class Checkpointer:
         started = time.perf_counter()
         self.wait_staged()
         self._raise_failure()
-        json.dumps(meta)  # the caller's mistake belongs to the caller's line
+        meta = json.loads(json.dumps(meta))  # a copy, and the caller's mistake belongs to the caller's line
         flat = flatten(state)
         plan = self._planned(flat)
-        sources = self._sources(flat, plan)
-        metadata = {"rank": self.rank, "per_rank": encode(dict(per_rank), "per_rank")}
+        metadata: dict[str, Any] = {"rank": self.rank, "per_rank": Encoded(encode(dict(per_rank), "per_rank"))}
         if self.rank == 0:
-            metadata |= {"objects": encode(flat.objects), "aliases": flat.aliases}
+            metadata |= {"objects": flat.objects, "aliases": flat.aliases}
         self._count += 1
-        job = _Job(
+        self._job = Job(
             step=step,
             name=f"step-{step:010d}-{self._token}-{self._count:04d}",
             complete=complete,
             metadata=metadata,
-            meta=dict(meta),
+            meta=meta,
             per_rank=dict(per_rank),
-            plan=plan,
+            layout=plan.layout,
             started=started,
-            snapshot=plan.staging.start(sources),
+            snapshot=plan.staging.start(self._sources(flat, plan)),
             durable=Future(),
         )
-        self._job = job
-        if self._writer is None:
-            self._writer = threading.Thread(target=self._write_all, name="checkpoint-writer", daemon=True)
-            self._writer.start()
-        self._queue.put(job)
+        self._writer.begin(self._job)
         self._pending_stall = time.perf_counter() - started
         if blocking:
             self.wait_staged()
@@ -244,8 +153,8 @@ class Checkpointer:
         started = time.perf_counter()
         self._job.snapshot.wait()
         stall += time.perf_counter() - started
-        self._job.stall_index = len(self.stall_seconds)
         self.stall_seconds.append(stall)
+        self._job.stall_index = len(self.stall_seconds) - 1
         return stall
 
     def wait_durable(self) -> CheckpointInfo | None:
@@ -268,19 +177,16 @@ class Checkpointer:
         try:
             self.wait_durable()
         finally:
-            if self._writer is not None:
-                self._queue.put(None)
-                self._writer.join()
-                self._writer = None
+            self._writer.close()
             if self._plan is not None:
                 self._plan.staging.close()
                 self._plan = None
 
     def _raise_failure(self) -> None:
-        if self._failures:
+        if self._writer.failures:
             if self._job is not None and self._job.durable.done() and self._job.durable.exception():
                 self._job = None
-            raise self._failures.popleft()
+            raise self._writer.failures.popleft()
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Plan and allocate now what the first save would plan and allocate. Collective; call it when the optimizer
@@ -288,16 +194,21 @@ class Checkpointer:
         self._planned(flatten(state))
 
     def _planned(self, flat: FlatState) -> _Plan:
-        structure = signature(flat)
-        if self._plan is not None and self._plan.signature == structure:
+        structure = structure_of(flat)
+        if self._plan is not None and self._plan.structure == structure:
             return self._plan
         if self._job is not None:
             wait([self._job.durable])
         if self._plan is not None:
             self._plan.staging.close()
             self._plan = None
-        layout = plan_save(flat, self.rank, self._gather)
-        self._plan = _Plan(signature=structure, layout=layout, staging=self._staging(layout, flat))
+        layout = plan_save(flat, self.rank, self._agreement.gather)
+        self._plan = _Plan(
+            structure=structure,
+            layout=layout,
+            staging=self._staging(layout, flat),
+            copied=frozenset(k for k, t in flat.tensors.items() if k not in flat.steady or hasattr(t, "to_local")),
+        )
         return self._plan
 
     def _staging(self, layout: Layout, flat: FlatState) -> Staging:
@@ -308,105 +219,18 @@ class Checkpointer:
             raise TypeError(f"state on {', '.join(map(str, devices))}: one CUDA device per rank is supported")
         return DeviceStaging(layout, devices.pop())
 
-    def _sources(self, flat: FlatState, plan: _Plan) -> list[tuple[shard_file.Piece, torch.Tensor]]:
+    def _sources(self, flat: FlatState, plan: _Plan) -> Sources:
         """This rank's parts as local tensors; those that do not hold still until the optimizer's step as copies."""
-        sources = []
-        tensors, steady = flat.tensors, flat.steady
+        tensors, copied = flat.tensors, plan.copied
+        sources = [(piece, tensors[piece.key]) for piece in plan.layout.pieces]
+        if not copied:
+            return sources
         with torch.no_grad():
-            for piece in plan.layout.pieces:
-                tensor = tensors[piece.key]
-                if hasattr(tensor, "to_local"):
-                    tensor = tensor.to_local()
-                if piece.key not in steady:
-                    tensor = tensor.detach().clone()
-                sources.append((piece, tensor))
+            for i, (piece, tensor) in enumerate(sources):
+                if piece.key in copied:
+                    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                    sources[i] = (piece, local if piece.key in flat.steady else local.detach().clone())
         return sources
-
-    # -- the writer's thread ----------------------------------------------------------------------------------------
-
-    def _write_all(self) -> None:
-        with suppress(OSError):  # hashing and writing take what the training's own threads leave
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        while (job := self._queue.get()) is not None:
-            try:
-                info = self._write(job)
-                if job.stall_index is not None:
-                    self.stall_seconds[job.stall_index] += job.snapshot.device_seconds()
-            except BaseException as error:  # handed to the thread that waits
-                self._failures.append(error)
-                job.durable.set_exception(error)
-            else:
-                self.durable_seconds.append(time.perf_counter() - job.started)
-                job.durable.set_result(info)
-
-    def _write(self, job: _Job) -> CheckpointInfo:
-        failure: Exception | None = None
-        stored: StoredFile | None = None
-        try:
-            stored = self._write_shard(job)
-        except Exception as error:
-            failure = error
-        finally:
-            job.snapshot.release()
-        outcomes = self._gather(f"written {job.name}", (stored, failure and f"{type(failure).__name__}: {failure}"))
-        manifest = self._manifest(job, outcomes) if all(error is None for _, error in outcomes) else None
-        if self.rank == 0 and manifest is not None:
-            try:
-                self.store.commit(job.name, manifest.to_json())
-            except Exception as error:
-                failure = error
-        committed = self._gather(f"committed {job.name}", failure and f"{type(failure).__name__}: {failure}")
-        if self.rank == 0 and any(committed):
-            self.store.abandon(job.name)
-        if failure is not None:
-            raise failure
-        for rank, reason in enumerate(committed):
-            if reason:
-                raise CheckpointWriteError(f"rank {rank} could not write checkpoint {job.name}: {reason}")
-        assert manifest is not None
-        if self.rank == 0:
-            self._prune()
-        return CheckpointInfo(
-            step=job.step,
-            complete=job.complete,
-            world=self.world,
-            name=job.name,
-            url=f"{self.store.url}/{job.name}",
-            meta=job.meta,
-            manifest=manifest,
-            per_rank=(job.per_rank,),
-            mine=job.per_rank,
-        )
-
-    def _write_shard(self, job: _Job) -> StoredFile:
-        header = job.plan.layout.header(job.metadata)
-        file = shard_name(self.rank)
-        writer = self.store.create(job.name, file, len(header) + job.plan.layout.nbytes)
-        try:
-            stored = shard_file.write_shard(writer, header, job.snapshot.chunks())
-            writer.finish()
-        except BaseException:
-            writer.drop()
-            raise
-        self.store.settle(job.name)
-        return stored
-
-    def _manifest(self, job: _Job, outcomes: Sequence[Any]) -> Manifest:
-        return Manifest(
-            step=job.step,
-            complete=job.complete,
-            world=self.world,
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            meta=job.meta,
-            identity=self.identity,
-            environment=self._environment,
-            files={shard_name(rank): stored for rank, (stored, _) in enumerate(outcomes)},
-        )
-
-    def _prune(self) -> None:
-        """Remove what is older than the `keep` newest, now that a newer one is committed."""
-        for name in self.store.names()[self.keep :]:
-            self.store.remove(name)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -418,7 +242,7 @@ class Checkpointer:
         if self.rank == 0:
             self.store.sweep(self._token)
         skipped: list[Skipped] = []
-        for name in self._agree_on(self.store.names()):
+        for name in self._agreement.first(self.store.names()):
             found, damage, refusal = None, None, None
             try:
                 found = verify_for(self.store, name, state, self.identity, self.rank, self.world)
@@ -426,7 +250,9 @@ class Checkpointer:
                 damage = str(error)
             except Exception as error:  # raised once the other ranks know, or they would wait for this one
                 refusal = error
-            outcomes = self._gather(f"verified {name}", (damage, refusal and f"{type(refusal).__name__}: {refusal}"))
+            outcomes = self._agreement.gather(
+                f"verified {name}", (damage, refusal and f"{type(refusal).__name__}: {refusal}")
+            )
             if refusal is not None:
                 raise refusal
             if refused := [text for _, text in outcomes if text]:
@@ -435,9 +261,9 @@ class Checkpointer:
             if found is not None and not any(reasons):
                 return self._taken(name, found, state, tuple(skipped))
             told = "; ".join(sorted({r for r in reasons if r}))
-            moved = self._agree_on(self.store.quarantine(name, told) if self.rank == 0 else None)
+            moved = self._agreement.first(self.store.quarantine(name, told) if self.rank == 0 else None)
             skipped.append(Skipped(name=name, reason=told, moved_to=moved))
-        held = self._agree_on(self.store.quarantined())
+        held = self._agreement.first(self.store.quarantined())
         if not skipped and not held:
             return None
         reasons = [f"{s.name}: {s.reason}" for s in skipped] or [f"{name}: quarantined earlier" for name in held]

@@ -26,9 +26,13 @@ from training.state_tree import FlatState
 Gather = Callable[[str, Any], list[Any]]
 
 
-def signature(flat: FlatState) -> int:
-    """Equal for two states that the same plan fits, within one process."""
-    return hash(tuple((key, t.shape, t.dtype, t.device.type) for key, t in flat.tensors.items()))
+Structure = tuple[list[str], list[torch.Size], list[torch.dtype], list[torch.device]]
+
+
+def structure_of(flat: FlatState) -> Structure:
+    """Equal for two states that the same plan fits. Lists, not a hash: this runs in every save, on the loop's time."""
+    live = list(flat.tensors.values())
+    return list(flat.tensors), [t.shape for t in live], [t.dtype for t in live], [t.device for t in live]
 
 
 def plan_save(flat: FlatState, rank: int, gather: Gather) -> Layout:

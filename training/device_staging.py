@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -108,6 +108,9 @@ class DeviceSnapshot:
             event = _event()
             event.record()
             self._events.append((end, event))
+
+    def when_staged(self, call: Callable[[], object]) -> None:
+        call()  # the writer itself waits for the device, part by part
 
     def wait(self) -> None:
         """Returns at once: it is the device's stream that waits."""

@@ -53,6 +53,9 @@ class Arena:
 class Snapshot(Protocol):
     """One copy of the state on its way."""
 
+    def when_staged(self, call: Callable[[], object]) -> None:
+        """Call it once, when `chunks` may be asked for without a long wait. From any thread."""
+
     def wait(self) -> None:
         """For the training thread: returns when the state may change, or raises what went wrong."""
 
@@ -98,7 +101,7 @@ class HostStaging:
     def _run(self) -> None:
         while (snapshot := self._queue.get()) is not None:
             self.free.acquire()
-            snapshot.begun.set()
+            snapshot.begin()
             snapshot.copy()
             del snapshot
 
@@ -113,20 +116,25 @@ class HostSnapshot:
 
     def __init__(self, staging: HostStaging, sources: Sources) -> None:
         self._staging, self._sources = staging, sources
-        self._blocks = _blocks(staging, sources)
-        self._left = len(self._blocks)
-        self._next = iter(self._blocks)
         self._lock = threading.Lock()
         self._done: Future[None] = Future()
         self._error: BaseException | None = None
-        self.begun = threading.Event()
-        if not self._blocks:
+        self._begun = threading.Event()
+        self._blocks: Iterator[Callable[[], object]] = iter(())
+        self._left = 0
+
+    def begin(self) -> None:
+        """The memory is free: copying may start, by this thread and whoever waits."""
+        blocks = _blocks(self._staging, self._sources)
+        self._left, self._blocks = len(blocks), iter(blocks)
+        if not blocks:
             self._done.set_result(None)
+        self._begun.set()
 
     def copy(self) -> None:
         """Copy blocks until none is left to begin; the last thread to finish one reports."""
         count = 0
-        for block in self._next:
+        for block in self._blocks:
             try:
                 block()
             except BaseException as error:  # handed to whoever waits, when nobody copies any more
@@ -136,15 +144,18 @@ class HostSnapshot:
             self._left -= count
             finished = count > 0 and self._left == 0
         if finished:
-            self._sources = self._blocks = ()
+            self._sources = ()
             if self._error is None:
                 self._done.set_result(None)
             else:
                 self._done.set_exception(self._error)
 
+    def when_staged(self, call: Callable[[], object]) -> None:
+        self._done.add_done_callback(lambda _: call())
+
     def wait(self) -> None:
         if not self._done.done():
-            self.begun.wait()
+            self._begun.wait()
             self.copy()
         self._done.result()
 

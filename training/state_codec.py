@@ -25,6 +25,13 @@ class TensorRef:
     key: str
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A value that was encoded earlier, because it might have changed since."""
+
+    json: Any
+
+
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The raw bytes of a tensor, row-major, wherever it lives."""
     flat = tensor.detach().cpu().contiguous()
@@ -41,6 +48,8 @@ def encode(value: Any, where: str = "state") -> Any:
         return {"__tuple__": [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]}
     if isinstance(value, TensorRef):
         return {"__ref__": value.key}
+    if isinstance(value, Encoded):
+        return value.json
     if isinstance(value, (bytes, bytearray)):
         return {"__bytes__": base64.b64encode(value).decode()}
     if isinstance(value, torch.Tensor):

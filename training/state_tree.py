@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from training.state_codec import TensorRef
+from training.state_codec import Encoded, TensorRef, encode
 
 
 class StateMismatch(ValueError):
@@ -124,7 +124,8 @@ def _tree_of(name: str, value: Any) -> Any:
 
 
 def _lift(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The tree with its tensors moved to `tensors`, a TensorRef in each one's place."""
+    """The tree as a snapshot: its tensors moved to `tensors`, a TensorRef in each one's place, what could change
+    encoded. So the rest of the encoding may come later, on another thread."""
     if isinstance(value, torch.Tensor):
         tensors[where] = value
         return TensorRef(where)
@@ -132,7 +133,10 @@ def _lift(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {key: _lift(item, f"{where}.{key}", tensors) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_lift(item, f"{where}.{i}", tensors) for i, item in enumerate(value))
-    return value
+    return value if type(value) in _CONSTANT else Encoded(encode(value, where))
+
+
+_CONSTANT = {type(None), bool, int, float, str, bytes}
 
 
 def _lower(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from training.checkpoint import Checkpointer, CheckpointWriteError, NoGoodCheckpoint, newest_complete, verify
 from training.checkpoint_audit import main
-from training.checkpoint_store import ObjectStore
+from training.object_store import ObjectStore
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,13 @@ def test_an_upload_without_its_manifest_does_not_exist_and_is_swept(url: str) ->
     bucket, prefix = url.removeprefix("s3://").split("/", 1)
     client().put_object(Bucket=bucket, Key=f"{prefix}/step-0000000002-dead-0001/rank-00000.safetensors", Body=b"x" * 99)
     assert [audit.step for audit in verify(url)] == [1]
+    half = f"{prefix}/step-0000000003-dead-0001/rank-00000.safetensors"
+    upload = client().create_multipart_upload(Bucket=bucket, Key=half)["UploadId"]
+    client().upload_part(Bucket=bucket, Key=half, UploadId=upload, PartNumber=1, Body=b"y" * 99)
     info = Checkpointer(url).load(state_of(0))
     assert info is not None and info.step == 1 and info.skipped == ()
     assert not [key for key in objects(url) if "dead" in key]
+    assert not client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
 
 
 def test_a_damaged_object_is_quarantined(url: str) -> None:

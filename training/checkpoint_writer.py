@@ -1,0 +1,168 @@
+"""The thread that turns a staged copy into a committed checkpoint: hash, write, fsync, agree, commit, prune.
+
+A checkpoint is committed when every rank's file is durable and rank 0 has written the manifest; any rank's failure
+undoes it on all, and the ones before it stand.
+Not covered: staging (training/staging.py), the API (training/checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from training.agreement import Agreement
+from training.checkpoint_info import CheckpointInfo
+from training.checkpoint_store import CheckpointWriteError, Store
+from training.manifest import Manifest, StoredFile
+from training.shard_file import Layout, shard_name, write_shard
+from training.staging import Snapshot
+from training.state_codec import encode
+
+NICE = 10  # hashing and writing take what the training's own threads leave, and still get on when those never rest
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One save on its way."""
+
+    step: int
+    name: str
+    complete: bool
+    metadata: dict[str, Any]  # of this rank's file; encoded by the writer
+    meta: Any
+    per_rank: Any
+    layout: Layout
+    started: float  # time.perf_counter() at the call of save
+    snapshot: Snapshot
+    durable: Future[CheckpointInfo]
+    stall_index: int | None = None  # of this save in `stall_seconds`
+
+
+class CheckpointWriter:
+    """Writes jobs one after the other. `failures` are those not yet told; `durable_seconds` from call to commit."""
+
+    def __init__(self, store: Store, agreement: Agreement, keep: int, identity: Mapping[str, str]) -> None:
+        self._store, self._agreement, self._keep, self._identity = store, agreement, keep, identity
+        self._environment = _environment()
+        self.failures: deque[BaseException] = deque()
+        self.durable_seconds: list[float] = []
+        self.stall_seconds: list[float] = []
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, job: Job) -> None:
+        """Write the job once it is staged; waking one thread at a time keeps the caller's own wait short."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        job.snapshot.when_staged(lambda: self._queue.put(job))
+
+    def close(self) -> None:
+        """Stop the thread; every job must be done."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while (job := self._queue.get()) is not None:
+            try:
+                info = self._write(job)
+                if job.stall_index is not None:
+                    self.stall_seconds[job.stall_index] += job.snapshot.device_seconds()
+            except BaseException as error:  # handed to the thread that waits
+                self.failures.append(error)
+                job.durable.set_exception(error)
+            else:
+                self.durable_seconds.append(time.perf_counter() - job.started)
+                job.durable.set_result(info)
+            del job
+
+    def _write(self, job: Job) -> CheckpointInfo:
+        gather, rank = self._agreement.gather, self._agreement.rank
+        failure: Exception | None = None
+        stored: StoredFile | None = None
+        try:
+            stored = self._write_shard(job)
+        except Exception as error:
+            failure = error
+        finally:
+            job.snapshot.release()
+        outcomes = gather(f"written {job.name}", (stored, failure and f"{type(failure).__name__}: {failure}"))
+        manifest = self._manifest(job, outcomes) if all(error is None for _, error in outcomes) else None
+        if rank == 0 and manifest is not None:
+            try:
+                self._store.commit(job.name, manifest.to_json())
+            except Exception as error:
+                failure = error
+        committed = gather(f"committed {job.name}", failure and f"{type(failure).__name__}: {failure}")
+        if rank == 0 and any(committed):
+            self._store.abandon(job.name)
+        if failure is not None:
+            raise failure
+        for other, reason in enumerate(committed):
+            if reason:
+                raise CheckpointWriteError(f"rank {other} could not write checkpoint {job.name}: {reason}")
+        assert manifest is not None
+        if rank == 0:
+            for name in self._store.names()[self._keep :]:
+                self._store.remove(name)
+        return CheckpointInfo(
+            step=job.step,
+            complete=job.complete,
+            world=self._agreement.world,
+            name=job.name,
+            url=f"{self._store.url}/{job.name}",
+            meta=job.meta,
+            manifest=manifest,
+            per_rank=(job.per_rank,),
+            mine=job.per_rank,
+        )
+
+    def _write_shard(self, job: Job) -> StoredFile:
+        header = job.layout.header(encode(job.metadata))
+        writer = self._store.create(job.name, shard_name(self._agreement.rank), len(header) + job.layout.nbytes)
+        try:
+            stored = write_shard(writer, header, job.snapshot.chunks())
+            writer.finish()
+        except BaseException:
+            writer.drop()
+            raise
+        self._store.settle(job.name)
+        return stored
+
+    def _manifest(self, job: Job, outcomes: Sequence[Any]) -> Manifest:
+        return Manifest(
+            step=job.step,
+            complete=job.complete,
+            world=self._agreement.world,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            meta=job.meta,
+            identity=self._identity,
+            environment=self._environment,
+            files={shard_name(rank): stored for rank, (stored, _) in enumerate(outcomes)},
+        )
+
+
+def _environment() -> dict[str, str]:
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo") as lines:
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "processor": processor}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found
