@@ -39,6 +39,23 @@ _ANSWER = {
     "properties": {"status": {"type": "string"}, "reason": {"type": "string"}, "id": {"type": "string"}},
     "required": ["status", "reason"],
 }
+_COMMIT = {"type": "string", "pattern": "^[0-9a-f]{40}$"}
+_PUSH = {
+    "type": "object",
+    "properties": {
+        "ref": {"type": "string", "examples": ["refs/heads/main"]},
+        "before": _COMMIT,
+        "after": _COMMIT,
+        "deleted": {"type": "boolean"},
+        "repository": {"type": "object", "properties": {"full_name": {"type": "string", "minLength": 1}}},
+        "project": {"type": "object", "properties": {"path_with_namespace": {"type": "string", "minLength": 1}}},
+    },
+    "required": ["ref", "before", "after"],
+    "anyOf": [
+        {"required": ["repository"], "properties": {"repository": {"required": ["full_name"]}}},
+        {"required": ["project"], "properties": {"project": {"required": ["path_with_namespace"]}}},
+    ],
+}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"description": text, "content": {"application/json": {"schema": _ANSWER}}}
     for code, text in {
@@ -116,7 +133,7 @@ def make_app(
         """Whether the queues can be read, and how many pushes wait in them."""
         return {"status": "ok", "waiting": sum(len(g.target.queue.waiting()) for g in guarded)}
 
-    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    body = {"required": True, "content": {"application/json": {"schema": _PUSH}}}
 
     @app.post("/push", status_code=202, responses=_RESPONSES, openapi_extra={"requestBody": body})
     async def push(request: Request) -> JSONResponse:
@@ -196,18 +213,18 @@ def _read(raw: bytes, source: str) -> tuple[Push | None, str]:
     if not isinstance(payload, dict):
         raise Refused(400, "refused", "the body is no JSON object")
     ref, before, after = (payload.get(name) for name in ("ref", "before", "after"))
-    project = payload.get("project" if source == "gitlab" else "repository")
-    name = (
-        project.get("path_with_namespace" if source == "gitlab" else "full_name") if isinstance(project, dict) else None
-    )
-    if not isinstance(ref, str) or not isinstance(name, str):
+    names = _name(payload, "repository", "full_name"), _name(payload, "project", "path_with_namespace")
+    name = names[0] or names[1]
+    if not isinstance(ref, str) or not name:
         raise Refused(400, "refused", "no ref or no name of the repository in it; expected the payload of a push")
     for sha in (before, after):
         if not isinstance(sha, str) or not _SHA.fullmatch(sha):
             raise Refused(400, "refused", f"before or after is {str(sha)[:60]!r}; expected 40 hex digits")
     if not ref.startswith("refs/heads/"):
         return None, f"{ref[:120]!r} is no branch"
-    if after == ZERO or payload.get("deleted") is True:
+    if not isinstance(payload.get("deleted", False), bool):
+        raise Refused(400, "refused", "deleted is neither true nor false")
+    if after == ZERO or payload.get("deleted"):
         return None, "the branch was deleted"
     pusher = payload.get("user_username") or payload.get("pusher")
     if isinstance(pusher, dict):
@@ -222,6 +239,17 @@ def _read(raw: bytes, source: str) -> tuple[Push | None, str]:
         source=source,
     )
     return push, ""
+
+
+def _name(payload: dict[str, Any], holder: str, key: str) -> str:
+    """acme/digits, where the forge says it; GitLab's is `project`. Raises Refused 400 for one of another form."""
+    named = payload.get(holder, {})
+    found = named.get(key, "-") if isinstance(named, dict) else ""
+    if not isinstance(found, str) or not found:
+        raise Refused(
+            400, "refused", f"{holder} is not of the form that forges send; expected {{{key!r}: 'owner/name'}}"
+        )
+    return found if key in named else ""
 
 
 def _receive(ours: Sequence[Guarded], push: Push) -> JSONResponse:
