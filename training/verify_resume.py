@@ -109,19 +109,25 @@ def plan_kills(seed: int, count: int, *, seconds: float, processes: int, elastic
     return kills
 
 
-def verify(spec: TrainSpec, *, kills: int, seed: int, processes: int, elastic: bool, pace: float) -> dict[str, Any]:
+def verify(
+    spec: TrainSpec, *, kills: int, seed: int, processes: int, elastic: bool, pace: float, grace: float = 20.0
+) -> dict[str, Any]:
     """Run both trainings and return the certificate. Raises NotEqual with what differs."""
     scratch = Path(tempfile.mkdtemp(prefix="reprise-verify-"))
     began = time.time()
     try:
         shards = spec.shards or processes
-        whole, seconds = uninterrupted(scratched(spec, scratch / "whole", shards), processes=processes, pace=pace)
+        whole, seconds = uninterrupted(
+            scratched(spec, scratch / "whole", shards), processes=processes, pace=pace, grace=grace
+        )
         shutil.rmtree(scratch / "whole")
         plan = plan_kills(seed, kills, seconds=seconds, processes=processes, elastic=elastic)
         rounds: list[dict[str, Any]] = []
         while plan:  # a training that is over before all kills have come is followed by another
             folder = scratch / f"broken-{len(rounds)}"
-            broken, done = interrupted(scratched(spec, folder, shards), plan, processes=processes, pace=pace)
+            broken, done = interrupted(
+                scratched(spec, folder, shards), plan, processes=processes, pace=pace, grace=grace
+            )
             plan = plan[len(done) :]
             hashes = {name: getattr(broken, name) for name in HASHES}
             rounds.append({"kills": done, "attempts": broken.attempts, **hashes})
@@ -170,9 +176,9 @@ def scratched(spec: TrainSpec, folder: Path, shards: int) -> Path:
     return folder / "spec.json"
 
 
-def uninterrupted(spec_file: Path, *, processes: int, pace: float) -> tuple[TrainResult, float]:
+def uninterrupted(spec_file: Path, *, processes: int, pace: float, grace: float) -> tuple[TrainResult, float]:
     """Train to the end; returns the result and the seconds from the first to the last step."""
-    running = launch(spec_file, processes=processes, restarts=0, pace=pace)
+    running = launch(spec_file, processes=processes, restarts=0, pace=pace, grace=grace)
     with ended(running):
         code = wait(running)
     if code != EXIT_COMPLETE:
@@ -182,7 +188,7 @@ def uninterrupted(spec_file: Path, *, processes: int, pace: float) -> tuple[Trai
 
 
 def interrupted(
-    spec_file: Path, plan: list[Kill], *, processes: int, pace: float
+    spec_file: Path, plan: list[Kill], *, processes: int, pace: float, grace: float
 ) -> tuple[TrainResult, list[dict[str, Any]]]:
     """Train to the end through the planned kills; returns the result and what each kill did."""
     done: list[dict[str, Any]] = []
@@ -190,7 +196,11 @@ def interrupted(
     while True:
         kill = waiting[0] if waiting else None
         running = launch(
-            spec_file, processes=kill.processes if kill else processes, restarts=kill.restarts if kill else 3, pace=pace
+            spec_file,
+            processes=kill.processes if kill else processes,
+            restarts=kill.restarts if kill else 3,
+            pace=pace,
+            grace=grace,
         )
         with ended(running):
             while waiting and aim(running, waiting[0]):
@@ -209,12 +219,12 @@ def interrupted(
             )
 
 
-def launch(spec_file: Path, *, processes: int, restarts: int, pace: float) -> Launched:
+def launch(spec_file: Path, *, processes: int, restarts: int, pace: float, grace: float) -> Launched:
     """Start the wrapper, in a session of its own."""
     command = [sys.executable, "-m", "training.launch", "--spec", str(spec_file)]
     progress = Path(json.loads(spec_file.read_text())["progress"])
     process = subprocess.Popen(
-        [*command, "--processes", str(processes), "--restarts", str(restarts), "--grace", "20"],
+        [*command, "--processes", str(processes), "--restarts", str(restarts), "--grace", str(grace)],
         env=os.environ | {EVERY: "0", PACE: str(pace)},
         start_new_session=True,
     )
@@ -306,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="train fewer epochs than the spec says")
     parser.add_argument("--elastic", action="store_true", help="another number of workers at each launch")
     parser.add_argument("--pace", type=float, default=0.05, help="least seconds of a step, so that kills can aim")
+    parser.add_argument("--grace", type=float, default=20.0, help="seconds that a notice leaves")
     parser.add_argument("--output", type=Path, help="file for the certificate; default: standard output")
     args = parser.parse_args(argv)
     try:
@@ -316,7 +327,13 @@ def main(argv: list[str] | None = None) -> int:
     spec = dataclasses.replace(spec, epochs=args.epochs or spec.epochs)
     try:
         certificate = verify(
-            spec, kills=args.kills, seed=args.seed, processes=args.processes, elastic=args.elastic, pace=args.pace
+            spec,
+            kills=args.kills,
+            seed=args.seed,
+            processes=args.processes,
+            elastic=args.elastic,
+            pace=args.pace,
+            grace=args.grace,
         )
     except NotEqual as error:
         print(f"training.verify_resume: {error}", file=sys.stderr)

@@ -27,7 +27,14 @@ LARGE = {"layers": 18, "width": 2048, "heads": 16, "samples": 256, "length": 128
 
 
 def prove(
-    params: dict[str, Any], *, kills: int, epochs: int, every: int, processes: int = 1, **changes: Any
+    params: dict[str, Any],
+    *,
+    kills: int,
+    epochs: int,
+    every: int,
+    processes: int = 1,
+    grace: float = 20.0,
+    **changes: Any,
 ) -> dict[str, Any]:
     """One certificate, with the seconds it took."""
     began = time.time()
@@ -46,7 +53,7 @@ def prove(
             **changes,
         )
         try:
-            certificate = verify(spec, kills=kills, seed=5, processes=processes, elastic=False, pace=0.02)
+            certificate = verify(spec, kills=kills, seed=5, processes=processes, elastic=False, pace=0.02, grace=grace)
         except NotEqual as error:
             certificate = {"equal": False, "error": str(error)}
     return {**certificate, "params": params, "total_seconds": round(time.time() - began, 1)}
@@ -64,15 +71,21 @@ def main() -> int:
         print("no CUDA device: nothing was proved", file=sys.stderr)
         return 3
     document: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    document["small_float32"] = prove(SMALL, kills=6, epochs=6, every=20)
-    document["small_bfloat16"] = prove(SMALL, kills=4, epochs=6, every=20, precision="bfloat16")
-    document["small_two_ranks_one_gpu"] = prove(SMALL, kills=4, epochs=6, every=20, processes=2)
+    cases: dict[str, dict[str, Any]] = {
+        "small, float32": {"params": SMALL, "kills": 6, "epochs": 6, "every": 20},
+        "small, bfloat16": {"params": SMALL, "kills": 4, "epochs": 6, "every": 20, "precision": "bfloat16"},
+        "small, two ranks on one GPU": {"params": SMALL, "kills": 4, "epochs": 6, "every": 20, "processes": 2},
+    }
     if args.large:
-        document["billion"] = prove(LARGE, kills=2, epochs=2, every=12, precision="bfloat16")
+        large = {"params": LARGE, "kills": 2, "epochs": 1, "every": 8, "precision": "bfloat16", "grace": 60.0}
+        cases |= {"a billion parameters": large}
+    for name, case in cases.items():
+        document[name] = prove(**case)
+        print(f"{name}: {'equal' if document[name]['equal'] else 'NOT EQUAL'}", flush=True)
+        if args.output:  # what is known so far, should the machine go
+            args.output.write_text(json.dumps(document, indent=1))
     text = json.dumps(document, indent=1)
     print(text)
-    if args.output:
-        args.output.write_text(text)
     return 0 if all(v["equal"] for v in document.values() if isinstance(v, dict)) else 1
 
 
