@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types layers unit e2e bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving clean lock
+.PHONY: demo test check lint types layers unit e2e bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger clean lock
 
 demo: .venv/.installed  ## the whole chain on this machine, through two spot interruptions, to a model in service
 	@$(BIN)/reprise demo
@@ -62,7 +62,10 @@ bench-goodput: .venv/.installed  ## useful time under interruptions, against the
 bench-serving: .venv/.installed  ## rollouts of good and bad versions under load
 	$(BIN)/python tests/tasks/bench_serving.py
 
-bench: bench-flow bench-checkpoint bench-restart bench-goodput bench-serving
+bench-trigger: .venv/.installed  ## from a push to the first training step, in parts, beside the bare command
+	$(BIN)/python tests/flows/bench_trigger.py
+
+bench: bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger
 
 lock:  ## renew the versions that were installed together
 	@{ head -1 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock.new
