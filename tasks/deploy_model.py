@@ -9,8 +9,11 @@ alias is as before, and the error says why. Not covered: the order itself (tasks
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +111,8 @@ def run(request: DeployRequest, on_phase: Callable[[str], None]) -> Endpoint:
         server_logs=request.server_logs,
     )
     rollout = rollout_of(request, limits, on_phase)
-    return put_into_service("deploy", rollout, target, request)
+    with undone_when_cancelled():
+        return put_into_service("deploy", rollout, target, request)
 
 
 def roll_back(request: RollbackRequest, on_phase: Callable[[str], None] = lambda phase: None) -> Endpoint:
@@ -135,6 +139,24 @@ def rollout_of(request: DeployRequest | RollbackRequest, limits: Limits, on_phas
         limits,
         on_phase=on_phase,
     )
+
+
+@contextmanager
+def undone_when_cancelled() -> Iterator[None]:
+    """SIGTERM becomes an exception, so that a cancelled rollout is undone within its grace and not by the next one."""
+    if threading.current_thread() is not threading.main_thread():  # only there can a signal be handled
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the undoing
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def put_into_service(

@@ -236,6 +236,21 @@ def test_kill_at_every_transition_then_any_deployment_ends_right(bench: Bench) -
     assert killed == 11
 
 
+def test_a_cancelled_rollout_is_undone_at_once(bench: Bench) -> None:
+    """SIGTERM, twice, as an impatient person sends it, while the new version has the traffic already."""
+    deploy_model(bench.requests["1"])
+    before = signal.getsignal(signal.SIGTERM)
+
+    def cancel(phase: str) -> None:
+        if phase in ("soaking", "undoing"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit, match="143"):
+        run(bench.requests["2"], cancel)
+    assert bench.truth() == ("1", "1", [label(bench, "1")]) and bench.record.read()["transaction"] is None
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_processes_at_once_end_in_one_winner(bench: Bench) -> None:
     """Two deploy the same version, two others; whoever came last has won, and everything agrees."""
     runs = [
