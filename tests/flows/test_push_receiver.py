@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import sqlite3
+import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -281,3 +285,34 @@ def test_health(receiver: Receiver) -> None:
             return (await client.get("/health")).json()
 
     assert asyncio.run(ask()) == {"status": "ok", "waiting": 0}
+
+
+def test_the_script_for_ci_over_real_http(receiver: Receiver) -> None:
+    """deployments/hooks/send-push signs as the receiver checks; its exit code and output tell a CI job enough."""
+    import uvicorn
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(receiver.app, port=port, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    script = Path(__file__).resolve().parents[2] / "deployments" / "hooks" / "send-push"
+
+    def send(*arguments: str, secret: str = SECRET.decode()) -> tuple[int, str]:
+        environment = {**os.environ, "REPRISE_URL": f"http://127.0.0.1:{port}/push", "REPRISE_PUSH_SECRET": secret}
+        done = subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    try:
+        code, said = send("acme/digits", A, B, "refs/heads/main")
+        assert code == 0 and '"accepted"' in said, said
+        assert '"duplicate"' in send("acme/digits", A, B, "refs/heads/main")[1]
+        code, said = send("acme/digits", A, B, "refs/heads/main", secret="x" * 32)
+        assert code != 0 and '"refused"' in said
+        assert send("acme/digits", A, B)[0] == 2
+        assert send('acme/digits"}', A, B, "refs/heads/main")[0] == 2
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert len(receiver.queue.entries()) == 1
