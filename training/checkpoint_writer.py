@@ -7,6 +7,7 @@ Not covered: staging (training/staging.py), the API (training/checkpoint.py).
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import queue
@@ -30,6 +31,7 @@ from training.shard_file import Layout, shard_name, write_shard
 from training.staging import Snapshot
 from training.state_codec import encode
 
+_log = logging.getLogger(__name__)
 NICE = 10  # hashing and writing take what the training's own threads leave, and still get on when those never rest
 
 
@@ -119,8 +121,7 @@ class CheckpointWriter:
                 raise CheckpointWriteError(f"rank {other} could not write checkpoint {job.name}: {reason}")
         assert manifest is not None
         if rank == 0:
-            for name in self._store.names()[self._keep :]:
-                self._store.remove(name)
+            self._prune()
         return CheckpointInfo(
             step=job.step,
             complete=job.complete,
@@ -132,6 +133,15 @@ class CheckpointWriter:
             per_rank=(job.per_rank,),
             mine=job.per_rank,
         )
+
+    def _prune(self) -> None:
+        """Remove what is older than the newest `keep`, now that a newer one is committed. What cannot be removed stays
+        and is tried again next time: the checkpoint just written is none the worse for it."""
+        try:
+            for name in self._store.names()[self._keep :]:
+                self._store.remove(name)
+        except Exception as error:  # each store's client library has its own errors
+            _log.warning("%s: old checkpoints could not be removed: %s", self._store.url, error)
 
     def _write_shard(self, job: Job) -> StoredFile:
         header = job.layout.header(encode(job.metadata))

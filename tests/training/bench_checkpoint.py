@@ -1,6 +1,6 @@
 """`make bench-checkpoint`: how long saving stops a training loop, against peers and against the physical limit.
 
-    python tests/training/bench_checkpoint.py [--sizes 0.15,0.5,1.5] [--rounds 5] [--peers FOLDER] [--json FILE]
+    python tests/training/bench_checkpoint.py [--sizes 0.15,0.5,1.5] [--rounds 5] [--peers FOLDER] [--skip A,B]
 
 One process, interleaved rounds: in each round every way of saving is used once, in rotating order, with a real training
 step around it, and the yardsticks (one memcpy and one write + fsync of the same bytes) are taken beside it. Ratios are
@@ -120,14 +120,14 @@ def measure_stall(way: Way, loop: Loop, step: int) -> tuple[float, float]:
     return stall, time.perf_counter() - started
 
 
-def one_size(size: str, rounds: int, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    """All rounds of one state size: lists by name."""
+def one_size(size: str, rounds: int, folder: Path, skip: list[str], tell: Callable[[str], None]) -> dict[str, Any]:
+    """All rounds of one state size: lists by name. Ways whose name contains one of `skip` are left out."""
     loop = Loop(*SHAPES[size])
     nbytes = loop.nbytes()
     memcpy = Memcpy(nbytes)
     memcpy()
     stalls, durables, ratios = defaultdict(list), defaultdict(list), defaultdict(list)
-    ways = make_ways(loop.model, loop.optimizer, folder, tell)
+    ways = make_ways(loop.model, loop.optimizer, folder, skip, tell)
     with closing_all([*ways]):
         for way in [*ways]:  # the first save of each allocates and spawns
             try:
@@ -234,6 +234,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", help="folder with the optional peers (pip install --target)")
     parser.add_argument("--folder", help="where to write checkpoints; default: the temporary folder")
+    parser.add_argument("--skip", default="", help="leave out peers whose name contains one of these words (a,b)")
     parser.add_argument("--json", help="write every round's figures to this file")
     options = parser.parse_args()
     if options.peers:
@@ -243,10 +244,11 @@ def main() -> int:
     logging.disable(logging.WARNING)
     told: list[str] = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    skip = [word for word in options.skip.split(",") if word]
     results, good = {}, True
     for size in options.sizes.split(","):
         with scratch(options.folder) as folder:
-            results[size] = one_size(size, options.rounds, folder, told.append)
+            results[size] = one_size(size, options.rounds, folder, skip, told.append)
         good &= report(size, results[size])
         gc.collect()
     for line in sorted(set(told)):

@@ -267,11 +267,18 @@ WAYS: tuple[type[Way], ...] = (
 
 
 def make_ways(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, tell: Callable[[str], None]
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    skip: list[str],
+    tell: Callable[[str], None],
 ) -> list[Way]:
-    """All ways that are installed; `tell` hears of the others."""
+    """All ways that are installed and not skipped; `tell` hears of the others."""
     ways = []
     for number, kind in enumerate(WAYS):
+        if any(word in kind.name for word in skip):
+            tell(f"{kind.name}: skipped")
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

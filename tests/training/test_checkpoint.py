@@ -186,6 +186,25 @@ def test_only_the_newest_are_kept_and_the_same_step_twice_overwrites_nothing(tmp
     assert other["seen"]["samples"] == 5
 
 
+def test_what_cannot_be_pruned_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer = Checkpointer(str(tmp_path))
+
+    def refuse(name: str) -> None:
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(checkpointer.store, "remove", refuse)
+    for step in (1, 2, 3):
+        checkpointer.save(step, make(), meta={}, per_rank={})
+        checkpointer.wait_durable()
+    assert "could not be removed" in caplog.text and len(verify(str(tmp_path))) == 3
+    monkeypatch.undo()
+    checkpointer.save(4, make(), meta={}, per_rank={})
+    checkpointer.close()
+    assert [audit.step for audit in verify(str(tmp_path))] == [4, 3]
+
+
 def test_saves_follow_each_other_without_a_wait_between(tmp_path: Path) -> None:
     state = make()
     checkpointer = Checkpointer(str(tmp_path))
