@@ -259,7 +259,8 @@ class KubeFake:
                 self._delete(http, collection, str(name), body)
             else:
                 item = self.get(collection, str(name))
-                _merge(item, body)
+                if isinstance(body, dict):  # a JSON patch is only recorded
+                    _merge(item, body)
                 self._answer(http, 200, self.put(collection, item))
         if made is not None and collection in self.on_create:
             threading.Thread(target=self.on_create[collection], args=(made,), daemon=True).start()
