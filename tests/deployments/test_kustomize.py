@@ -21,10 +21,12 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from deployments.manifests import ClusterPlace
+from deployments.manifests import ClusterPlace, step_job, training_job
 from deployments.run_metrics import collect
+from deployments.serving_manifests import INFERENCE, METRICS, Serving, serving_deployment
 from deployments.serving_metrics import queue_wait_microseconds
 from deployments.torchserve_launch import TorchServePorts, render_config
+from deployments.workload import Resources, Workload
 from tests.deployments.kustomize_tree import (
     Part,
     folders,
@@ -151,7 +153,7 @@ def test_no_setting_is_dead_and_none_is_missing(overlay: str) -> None:
     assert all(isinstance(value, str) for value in settings["data"].values()), "a ConfigMap takes strings only"
     used = used_settings(folder)
     assert used <= set(settings["data"])
-    spare = set(settings["data"]) - used
+    spare = set(settings["data"]) - used - {"model"}  # what the queries next to it name
     switched_on = {f.name for f in folders(folder)}
     off = {p.name for p in (K8S / "components").iterdir()} - switched_on
     of_components_that_are_off = {
@@ -422,6 +424,20 @@ def test_policies_select_pods_that_exist() -> None:
             assert set(pairs) <= known, f"{policy['metadata']['name']}: {pairs}"
 
 
+def test_policies_and_monitors_find_the_served_pods() -> None:
+    serving = Serving(pipeline="digits", version="1", label="1.x", mar="/m.mar", sha256="0", golden="/h.jsonl")
+    template = serving_deployment(serving, ClusterPlace(images={"serve": "reprise-serve"}))["spec"]["template"]
+    assert list(against_restricted(template["spec"])) == []
+    labels = template["metadata"]["labels"].items()
+    policies = {p["metadata"]["name"]: p["spec"] for p in of_kind(raw("spot"), "NetworkPolicy")}
+    for name, port in (("predictions", INFERENCE), ("metrics-of-models", METRICS)):
+        assert policies[name]["podSelector"]["matchLabels"].items() <= labels
+        assert [p["port"] for p in policies[name]["ingress"][0]["ports"]] == [port]
+    (monitor,) = of_kind(raw("spot"), "PodMonitor")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels
+    assert [e["portNumber"] for e in monitor["spec"]["podMetricsEndpoints"]] == [METRICS]
+
+
 def test_nobody_reaches_the_management_port_or_the_metadata_service() -> None:
     for policy in of_kind(raw("spot"), "NetworkPolicy"):
         for rule in [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]:
@@ -512,7 +528,11 @@ def test_the_pools_image_is_a_setting() -> None:
 def test_the_autoscalers_query_is_the_one_that_serving_knows() -> None:
     for overlay in ("spot", "on-demand"):
         settings = yaml.safe_load((K8S / "overlays" / overlay / "settings.yaml").read_text())["data"]
-        assert settings["queueWaitQuery"] == queue_wait_microseconds(settings["model"])
+        model = settings["model"]
+        assert settings["queueWaitQuery"] == queue_wait_microseconds(model)
+        assert f'model_name="{model}"' in settings["requestsQuery"]
+        serving = Serving(pipeline=model, version="1", label="1.x", mar="/m.mar", sha256="0", golden="/h.jsonl")
+        assert settings["modelDeployment"] == serving.name
 
 
 # -- definitions that no validator at hand knows -----------------------------------------------------------------------
@@ -748,3 +768,47 @@ def test_a_server_accepts_every_object(overlay: str) -> None:
             assert status.code == 409, f"{kind}/{item['metadata']['name']}: {status}"
     if unknown:
         pytest.skip(f"all others are accepted; this server has no {', '.join(sorted(unknown))}")
+
+
+@pytest.mark.cluster
+def test_pod_security_admits_our_pods_and_refuses_the_operators_own_init_container() -> None:
+    """A dry run in the namespace `reprise` (made by the test above): steps, trainings, served models, flows."""
+    from deployments.errors import PreflightError
+    from deployments.kube_api import ApiStatus, connect
+
+    place = ClusterPlace(images={n: f"reprise-{n}:dev" for n in ("step", "train", "serve")})
+    step = Workload(name="step-1", image="step", command=("python",))
+    train = Workload(name="train-1", image="train", command=("python",), replicas=2, resources=Resources(shm="1Gi"))
+    worker = training_job(train, place)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    serving = Serving(pipeline="digits", version="1", label="1.x", mar="/m.mar", sha256="0", golden="/h.jsonl")
+    flow = json.loads(re.sub(r'"{{ (grace_seconds) }}"', "60", json.dumps(flow_pod())))
+    flow["containers"][0] |= {"image": "x", "imagePullPolicy": "Always", "args": ["x"]}
+    flow["containers"][0]["resources"] = {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "1Gi"}}
+    flow |= {"serviceAccountName": "reprise-flow"}
+    flow["volumes"][0]["persistentVolumeClaim"]["claimName"] = "reprise"
+    for key in ("completions", "parallelism"):  # Prefect's own slip, see base/prefect.yaml
+        del flow[key]
+    text = (K8S / "components" / "training-operator" / "operator" / "initContainer.yaml").read_text()
+    ours = yaml.safe_load(re.sub(r"{{\.(\w+)}}", "x", text))
+    default = [{"name": "init-pytorch", "image": "alpine:3.10", "command": ["sh"]}]
+    admitted = {
+        "step": step_job(step, place)["spec"]["template"]["spec"],
+        "train": worker,
+        "with-our-init-container": worker | {"initContainers": ours},
+        "serve": serving_deployment(serving, place)["spec"]["template"]["spec"],
+        "flow": flow,
+    }
+    api = connect()
+    for account in of_kind(raw("kind"), "ServiceAccount"):
+        path = f"/api/v1/namespaces/{account['metadata']['namespace']}/serviceaccounts"
+        try:
+            api.request("POST", path, body=account)
+        except ApiStatus as status:
+            assert status.code == 409
+    path, query = "/api/v1/namespaces/reprise/pods", {"dryRun": "All", "fieldValidation": "Strict"}
+    for name, spec in admitted.items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": {"restartPolicy": "Never"} | spec}
+        api.request("POST", path, query=query, body=pod)
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "refused"}}
+    with pytest.raises(PreflightError, match="violates PodSecurity"):
+        api.request("POST", path, query=query, body=pod | {"spec": worker | {"initContainers": default}})
