@@ -33,6 +33,13 @@ def say(text: str = "", *, style: str = "") -> None:
         print(text, flush=True)
 
 
+def moving(text: str) -> None:
+    """On a terminal, the one line that changes in place; empty text takes it away. Elsewhere nothing."""
+    if on_terminal():
+        sys.stdout.write(f"\r\x1b[2K{text[: max(20, shutil.get_terminal_size().columns - 1)]}")
+        sys.stdout.flush()
+
+
 def complain(text: str) -> None:
     """An error, to standard error."""
     if sys.stderr.isatty():

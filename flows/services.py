@@ -10,7 +10,7 @@ import json
 import os
 import urllib.request
 
-from flows.display import on_terminal, say, seconds
+from flows.display import moving, on_terminal, say, seconds
 from flows.settings import PlaceSettings
 from tasks.deploy_model import RollbackRequest, roll_back
 from tasks.records import Store
@@ -20,16 +20,23 @@ def ensure_services(place: PlaceSettings, *, quiet: bool = False) -> dict[str, s
     """Start what does not run yet, in parallel; returns the URLs. Raises PreflightError for a taken port."""
     from deployments.services import ensure
 
+    waiting: dict[str, float] = {}
     told: set[str] = set()
 
     def on_progress(name: str, state: str, took: float) -> None:
-        if quiet or state == "reused" or (state == "starting" and name in told):
+        if quiet or state == "reused":
             return
-        told.add(name)
-        if state == "ready":
+        if state == "starting":
+            waiting[name] = took
+            if on_terminal():
+                moving(f"▸ starting {', '.join(sorted(waiting))} … {took:.0f} s")
+            elif name not in told:
+                say(f"  {name:<15} starting")
+            told.add(name)
+        elif state == "ready":
+            waiting.pop(name, None)
+            moving("")
             say(f"✓ {name:<15} ready after {seconds(took)}", style="green")
-        elif state == "starting" and not on_terminal():
-            say(f"  {name:<15} starting")
 
     return ensure(place.state, ports=place.ports.model_dump(), on_progress=on_progress)
 

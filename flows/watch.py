@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from flows.display import SIGNS, say, seconds
+from flows.display import SIGNS, moving, say, seconds
 
 HEARTBEAT_SECONDS = 10.0  # without a terminal: how often a running step says that it is alive
 
@@ -56,14 +56,7 @@ class Watch:
             if attempt["cause"] == "complete":
                 continue
             self._clear()
-            saved = f", saved {attempt['notice_to_saved']:.2f} s after the notice" if attempt["notice_to_saved"] else ""
-            say(
-                f"  ⚡ attempt {attempt['number']}: {attempt['cause']} at step {attempt['reached_step']}, "
-                f"{attempt['steps_lost']} steps lost{saved}; resuming from step {attempt['to_step']}"
-                if attempt["cause"] != "user_error"
-                else f"  ✗ attempt {attempt['number']}: {attempt['reason']}",
-                style="yellow",
-            )
+            say(_told(attempt), style="yellow")
         self._attempts = len(ended)
 
     def _progress(self, step: str, line: str) -> None:
@@ -77,14 +70,12 @@ class Watch:
             say(f"  {step} {text}")
 
     def _moving(self, text: str) -> None:
-        if self.terminal:
-            sys.stdout.write(f"\r\x1b[2K{text[:110]}")
-            sys.stdout.flush()
-            self._line = text
+        moving(text)
+        self._line = text
 
     def _clear(self) -> None:
-        if self.terminal and self._line:
-            sys.stdout.write("\r\x1b[2K")
+        if self._line:
+            moving("")
             self._line = ""
 
     def close(self) -> None:
@@ -92,6 +83,19 @@ class Watch:
         with self._lock:
             self._clear()
             sys.stdout.flush()
+
+
+def _told(attempt: dict[str, Any]) -> str:
+    """An attempt that ended before the training did, in one line."""
+    number, cause, lost = attempt["number"], attempt["cause"], attempt["steps_lost"]
+    if cause in ("user_error", "out_of_memory"):
+        return f"  ✗ attempt {number}: {attempt['reason']}"
+    saved = f", saved {attempt['notice_to_saved']:.2f} s after the notice" if attempt["notice_to_saved"] else ""
+    goes_on = "its checkpoint stands at" if cause in ("cancelled", "deadline") else "resuming from"
+    return (
+        f"  ⚡ attempt {number}: {cause} at step {attempt['reached_step']}, {lost} steps lost{saved}; "
+        f"{goes_on} step {attempt['to_step']}"
+    )
 
 
 def _progress_text(step: str, line: str) -> str:
