@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, StepError
 from deployments.workload import INTERRUPTIONS
 from flows.display import SIGNS, ago, say, seconds, show_json, table
 from flows.execute import summary
@@ -121,7 +121,13 @@ def cancel_run(order: Order, run: str, *, wait_seconds: float = 120.0) -> dict[s
     _, place, store = where(order)
     run = run or newest(store)
     document = read_run(store, run)
-    if document["status"] == "running":
+    if document["status"] in ("running", "waiting") and cancelled_in_prefect(document, place.ports.prefect):
+        give_up = time.monotonic() + wait_seconds
+        while store.held(f"run-{run}") and time.monotonic() < give_up:
+            time.sleep(0.1)
+        if document["status"] == "waiting":
+            store.write(f"runs/{run}", {**document, "status": "cancelled", "message": "cancelled"})
+    elif document["status"] == "running":
         os.kill(int(document["process"]), signal.SIGINT)
         give_up = time.monotonic() + wait_seconds
         while store.held(f"run-{run}") and time.monotonic() < give_up:
@@ -139,6 +145,22 @@ def cancel_run(order: Order, run: str, *, wait_seconds: float = 120.0) -> dict[s
                 f"runs/{run}", {**document, "status": "cancelled", "ended": time.time(), "message": "cancelled"}
             )
     return read_run(store, run)
+
+
+def cancelled_in_prefect(document: dict[str, Any], port: int) -> bool:
+    """Cancel a run that Prefect started in Prefect, else it would be resumed; False for one of the command."""
+    from flows.prefect_api import Prefect
+
+    prefect, flow_run = Prefect(url=f"http://127.0.0.1:{port}"), document["links"].get("prefect_flow_run", "")
+    try:
+        found = prefect.run(flow_run) if flow_run else None
+        if not found or not found.get("deployment_id"):
+            return False
+        waits = document["status"] == "waiting"  # nobody has to be told to end
+        kind, name = ("CANCELLED", "Cancelled") if waits else ("CANCELLING", "Cancelling")
+        return prefect.set_state(flow_run, kind, name, "Cancelled by `reprise cancel`.")
+    except StepError:
+        return False
 
 
 def newest(store: Store) -> str:

@@ -11,6 +11,7 @@ import base64
 import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from typing import Any
 from deployments.errors import GiveUp, TryAgain
 
 FLOW = "retrain"
+BUSY_PAUSES = (0.3, 0.6, 1.2, 2.4)  # seconds; SQLite lets one writer in at a time
+
+
+class Busy(TryAgain):
+    """The server is there and its database is locked: nothing was done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,15 @@ class Prefect:
     timeout: float = 10.0
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """One request; returns the decoded answer, None for an empty one."""
+        """One request; returns the decoded answer, None for an empty one. A busy database (503) is asked again."""
+        for pause in BUSY_PAUSES:
+            try:
+                return self._once(method, path, body)
+            except Busy:
+                time.sleep(pause)
+        return self._once(method, path, body)
+
+    def _once(self, method: str, path: str, body: Any) -> Any:
         headers = {"Content-Type": "application/json"}
         if auth := os.environ.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
@@ -40,7 +54,8 @@ class Prefect:
                 text = reply.read()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
-            kind = TryAgain if error.code >= 500 or error.code in (408, 425, 429) else GiveUp
+            passing = TryAgain if error.code >= 500 or error.code in (408, 425, 429) else GiveUp
+            kind = Busy if error.code == 503 else passing
             raise kind(f"Prefect at {self.url} answered {error.code} to {method} {path}: {said}") from None
         except (OSError, http.client.HTTPException) as error:
             raise TryAgain(f"Prefect at {self.url} does not answer: {error}; start it: reprise up") from None

@@ -58,8 +58,21 @@ def prefect(server: Server) -> Prefect:
     return Prefect(url=f"http://127.0.0.1:{server.server_address[1]}", timeout=5)
 
 
+def test_a_busy_database_is_asked_again(server: Server, prefect: Prefect, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pause(seconds: float) -> None:
+        server.code = 200 if len(server.seen) == 3 else 503
+
+    monkeypatch.setattr("flows.prefect_api.time.sleep", pause)
+    server.code = 503
+    assert prefect.call("POST", "/flows/", {}) == {}
+    assert len(server.seen) == 3
+
+
 @pytest.mark.parametrize(("code", "kind"), [(500, TryAgain), (503, TryAgain), (429, TryAgain), (409, GiveUp)])
-def test_which_refusals_pass(server: Server, prefect: Prefect, code: int, kind: type[Exception]) -> None:
+def test_which_refusals_pass(
+    server: Server, prefect: Prefect, code: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.prefect_api.BUSY_PAUSES", (0.0, 0.0))
     server.code, server.body = code, b'{"detail": "train.epochs: 0 is less than the minimum of 1"}'
     with pytest.raises(kind, match=rf"answered {code} to POST /deployments/d1/create_flow_run: .*minimum of 1"):
         prefect.start("d1", parameters={}, name="n", tags=[], idempotency_key="k")
