@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types layers unit e2e bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger clean lock
+.PHONY: demo test check lint types layers unit e2e bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger bench-cluster clean lock
 
 demo: .venv/.installed  ## the whole chain on this machine, through two spot interruptions, to a model in service
 	@$(BIN)/reprise demo
@@ -26,6 +26,9 @@ unit: .venv/.installed
 
 e2e: .venv/.installed
 	$(BIN)/pytest -m e2e
+
+bench-cluster: .venv/.installed  ## what orchestration costs at 1, 10 and 100 pipelines; on the cluster of KUBECONFIG, if set
+	$(BIN)/python tests/deployments/bench_cluster.py
 
 # The environment. pip compiles what it installs; an uncompiled torch would double every import for ever.
 # Debian without python3-venv: virtualenv from PyPI does the same, in a folder of its own.
@@ -65,7 +68,7 @@ bench-serving: .venv/.installed  ## rollouts of good and bad versions under load
 bench-trigger: .venv/.installed  ## from a push to the first training step, in parts, beside the bare command
 	$(BIN)/python tests/flows/bench_trigger.py
 
-bench: bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger
+bench: bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger bench-cluster
 
 lock:  ## renew the versions that were installed together
 	@{ head -1 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock.new

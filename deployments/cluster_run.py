@@ -385,7 +385,8 @@ class ClusterRun:
         for pod in pods:
             if condition(pod.get("status") or {}, "DisruptionTarget").get("reason") == "EvictionByEvictionAPI":
                 found += self.cluster.events_about("Pod", pod["metadata"]["name"])
-                found += self.cluster.events_about("Node", pod["spec"]["nodeName"])
+                if is_scheduled(pod):
+                    found += self.cluster.events_about("Node", pod["spec"]["nodeName"])
         return found
 
     def _result(self, pods: list[Json], *, expected: bool) -> Json | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -303,6 +304,75 @@ def test_a_suspended_job_waits(cluster: Cluster) -> None:
     run.until_line("suspended")
     cluster.api.request("PATCH", path, body={"spec": {"suspend": False}}, content_type="application/merge-patch+json")
     assert run.end().cause == "complete"
+
+
+def test_least_privilege_is_enough_and_less_is_told(cluster: Cluster, place: ClusterPlace, tmp_path: Path) -> None:
+    """The Role that a flow's pod needs to run steps and trainings; nodes cannot be read, and nothing else either."""
+    namespace, rbac = place.namespace, f"/apis/rbac.authorization.k8s.io/v1/namespaces/{place.namespace}"
+    token = role(cluster.api, namespace, rbac, RULES)
+    mine = Cluster(place, api=as_account(cluster.api, token, tmp_path), state=cluster.state)
+    outcome = mine.run(step("by-role", RESULT, "{result}"))
+    assert outcome.cause == "complete" and outcome.capacity == "on-demand"
+    assert mine.run(training("train-role-1", "role", 2)).cause == "complete"
+    mine.stop("by-role")
+    role(cluster.api, namespace, rbac, [rule for rule in RULES if "jobs" not in rule["resources"]])
+    with pytest.raises(PreflightError, match=r'"resources": \["jobs"\], "verbs": \["(list|create)"\]'):
+        Cluster(place, api=as_account(cluster.api, token, tmp_path)).run(step("no-role", RESULT))
+    mine.close()
+
+
+RULES: list[dict[str, Any]] = [
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "get", "list", "watch", "patch", "delete"]},
+    {
+        "apiGroups": ["kubeflow.org"],
+        "resources": ["pytorchjobs"],
+        "verbs": ["create", "get", "list", "watch", "patch", "delete"],
+    },
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "delete"]},
+    {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
+]
+
+
+def role(api: KubeApi, namespace: str, rbac: str, rules: list[dict[str, Any]]) -> str:
+    """An account with these rules; returns a token of it."""
+    meta = {"name": "flow", "namespace": namespace}
+    version = {"apiVersion": "rbac.authorization.k8s.io/v1"}
+    apply(api, f"/api/v1/namespaces/{namespace}/serviceaccounts", {"kind": "ServiceAccount", "metadata": meta})
+    apply(api, f"{rbac}/roles", {**version, "kind": "Role", "metadata": meta, "rules": rules})
+    subject = {"kind": "ServiceAccount", **meta}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "flow"}
+    binding = {**version, "kind": "RoleBinding", "metadata": meta, "subjects": [subject], "roleRef": reference}
+    apply(api, f"{rbac}/rolebindings", binding)
+    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/flow/token"
+    asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    return str(api.request("POST", path, body=asked)["status"]["token"])
+
+
+def as_account(api: KubeApi, token: str, folder: Path) -> KubeApi:
+    """The same API server, asked with a token."""
+    import yaml
+
+    path = folder / "account.kubeconfig"
+    document = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())
+    document["users"] = [{"name": user["name"], "user": {"token": token}} for user in document["users"]]
+    path.write_text(yaml.safe_dump(document))
+    return connect(kubeconfig=str(path))
+
+
+def test_an_api_server_that_stops_for_a_while(cluster: Cluster) -> None:
+    needs_rig()
+    pid = json.loads((rig_state() / "pids" / "kube-apiserver.json").read_text())["pid"]
+    code = "import time; print('up', flush=True); time.sleep(6); print('over')"
+    run = Background(cluster, step("through-it", code))
+    run.until_line("up")
+    os.kill(pid, signal.SIGSTOP)  # it holds its connections and answers nothing
+    try:
+        time.sleep(10)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    outcome = run.end()
+    assert outcome.cause == "complete" and run.lines[-1] == "over"
 
 
 # --- attempts of a training

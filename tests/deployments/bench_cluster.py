@@ -71,7 +71,7 @@ def pipelines(count: int, kubeconfig: str, namespace: str, tag: str) -> dict[str
     threads = [0]
 
     def pipeline(number: int) -> list[str]:
-        causes = []
+        causes: list[str] = []
         for place, step in enumerate((STEPS[0], "train_model", *STEPS[1:])):
             image, name = ("train", "train") if step == "train_model" else ("step", step.replace("_", "-"))
             workload = Workload(
