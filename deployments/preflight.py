@@ -1,0 +1,115 @@
+"""The preflight: would these workloads run on that cluster, and what mends it if not; before anything is created.
+
+    findings = preflight(take(api, place), [workload], place)
+    refuse(findings)                                            # PreflightError, exit code 3, if one is FAIL
+
+Pure: a snapshot and manifests go in, rows come out. FAIL: it cannot run, however long one waits. WARN: it runs, and
+something will cost it (a wait, its checkpoint, its reproducibility). Each look is a file of its own, preflight_*.py.
+Not covered: taking the snapshot (snapshot.py), pods that hang in spite of it (pod_diagnosis.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from deployments.errors import PreflightError, StepError
+from deployments.manifests import ClusterPlace, manifest
+from deployments.preflight_access import (
+    look_at_definitions,
+    look_at_rights,
+    look_at_server,
+    look_at_what_was_not_seen,
+)
+from deployments.preflight_findings import Case, Finding, merged, wanted
+from deployments.preflight_pods import (
+    look_at_disruption,
+    look_at_graces,
+    look_at_images,
+    look_at_references,
+    look_at_restarts,
+)
+from deployments.preflight_quota import look_at_limit_ranges, look_at_quotas
+from deployments.preflight_scheduling import look_at_places
+from deployments.preflight_security import look_at_security
+from deployments.preflight_services import look_at_dvc, look_at_mlflow
+from deployments.preflight_storage import look_at_claims, look_at_shm
+from deployments.snapshot import Reader, Snapshot, take
+from deployments.workload import Workload
+
+LOOKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    look_at_server,
+    look_at_definitions,
+    look_at_rights,
+    look_at_what_was_not_seen,
+    look_at_security,
+    look_at_places,
+    look_at_quotas,
+    look_at_limit_ranges,
+    look_at_claims,
+    look_at_shm,
+    look_at_graces,
+    look_at_disruption,
+    look_at_restarts,
+    look_at_images,
+    look_at_references,
+    look_at_mlflow,
+    look_at_dvc,
+)
+
+
+def preflight(
+    snapshot: Snapshot,
+    workloads: Sequence[Workload | Mapping[str, Any]],
+    place: ClusterPlace,
+    *,
+    save_seconds: float | None = None,
+) -> list[Finding]:
+    """Look at workloads (or their manifests) on a cluster. Never raises for what it finds.
+
+    `save_seconds`: how long a checkpoint takes, if earlier attempts measured it.
+    """
+    return list(merged(_all(snapshot, workloads, place, save_seconds)))
+
+
+def _all(
+    snapshot: Snapshot,
+    workloads: Iterable[Workload | Mapping[str, Any]],
+    place: ClusterPlace,
+    save_seconds: float | None,
+) -> Iterator[Finding]:
+    for workload in workloads:
+        if isinstance(workload, Workload):
+            try:
+                made: Mapping[str, Any] = manifest(workload, place)
+            except StepError as error:
+                fix = "correct it in cluster.toml or pipeline.toml"
+                yield Finding(what="manifest", verdict="FAIL", found=f"{workload.name}: {error}", fix=fix)
+                continue
+        else:
+            made = workload
+        case = Case(wanted=wanted(made), snapshot=snapshot, queue=place.queue, save_seconds=save_seconds)
+        for look in LOOKS:
+            yield from look(case)
+
+
+def failures(findings: Iterable[Finding]) -> list[Finding]:
+    """The rows that refuse."""
+    return [f for f in findings if f.verdict == "FAIL"]
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Raise PreflightError (exit code 3) that names every FAIL and its fix; nothing if there is none."""
+    if failed := failures(findings):
+        lines = [f"{f.what}: {f.found}; fix: {f.fix}" for f in failed]
+        raise PreflightError("this cluster cannot run it: " + "\n  ".join(lines))
+
+
+def guard(api: Reader, workload: Workload, place: ClusterPlace) -> list[Finding]:
+    """Look at one workload on a live cluster just before it is created, and refuse it if it could never run.
+
+    Returns the rows that are not OK. Raises PreflightError, or Unreachable if the API does not answer.
+    """
+    findings = preflight(take(api, place), [workload], place)
+    refuse(findings)
+    return [f for f in findings if f.verdict != "OK"]

@@ -1,0 +1,285 @@
+"""What a cluster looks like at one moment, as one JSON document that a preflight can judge anywhere.
+
+    snapshot = take(connect(), place)        # some forty requests, all at once
+    snapshot.save(Path("snapshot.json"))     # reprise preflight --snapshot snapshot.json
+
+Only what is judged is kept: no environment and no secrets' contents, so that a snapshot can be shown to others. What
+may not be read is named in `unreadable` and costs the rows that needed it, nothing else. Definitions are found by API
+discovery, which every account may read, instead of the CRD objects. Not covered: the judgement (preflight.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from deployments.errors import ConfigError, StepError, Unreachable
+from deployments.kube_api import ApiStatus
+from deployments.manifests import ClusterPlace
+from deployments.preflight_access import RIGHTS, Right
+from deployments.snapshot_trim import TRIMS
+
+Json = dict[str, Any]
+FORMAT = 1
+PATIENCE = 10.0  # seconds; a preflight does not wait for a server that is away
+PAGE = "500"
+API_GROUPS = ("kubeflow.org", "trainer.kubeflow.org", "karpenter.sh", "kueue.x-k8s.io")
+
+
+class Reader(Protocol):
+    """What `take` needs of an API server; deployments.kube_api.KubeApi is one."""
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        patience: float | None = None,
+    ) -> Json:
+        """One JSON request. Raises ApiStatus or PreflightError for what the server refuses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A cluster at one moment. Objects are as the API gives them, less what nobody needs."""
+
+    namespace: str
+    taken: float  # unix seconds
+    version: str = ""  # of the server: v1.36.2
+    clock_offset: float | None = None  # seconds, the server's clock minus ours; exact to half a second
+    apis: Mapping[str, Sequence[str]] = field(default_factory=dict)  # "kubeflow.org/v1" -> plurals of its resources
+    access: Sequence[Json] = ()  # {"group", "resource", "verb", "allowed", "reason"}
+    objects: Mapping[str, Sequence[Json]] = field(default_factory=dict)  # plural -> objects
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # plural -> why
+    probes: Mapping[str, Json] = field(default_factory=dict)  # mlflow, dvc: asked from where the pods are
+    format: int = FORMAT
+
+    def get(self, plural: str) -> list[Json]:
+        """Objects of a kind; [] if there are none, or they could not be read."""
+        return list(self.objects.get(plural) or ())
+
+    def known(self, plural: str) -> bool:
+        """Whether objects of this kind could be read."""
+        return plural in self.objects and plural not in self.unreadable
+
+    def find(self, plural: str, name: str, namespace: str = "") -> Json | None:
+        """One object by name."""
+        for item in self.get(plural):
+            metadata = item["metadata"]
+            if metadata["name"] == name and (not namespace or metadata.get("namespace", namespace) == namespace):
+                return item
+        return None
+
+    def to_json(self) -> str:
+        """The whole document, sorted."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    def save(self, path: Path) -> None:
+        """Write it to a file."""
+        path.write_text(self.to_json() + "\n")
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "snapshot") -> Snapshot:
+        """Read a snapshot. Raises ConfigError that says what is wrong with it."""
+        expected = "expected a file written by `reprise preflight --save`"
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{where}: not JSON ({error}); {expected}") from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+            raise ConfigError(f"{where}: format {found!r}; {expected} (format {FORMAT})")
+        try:
+            return cls(**raw)
+        except TypeError as error:
+            raise ConfigError(f"{where}: {error}; {expected}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Snapshot:
+        """The snapshot in that file. Raises ConfigError."""
+        try:
+            return cls.from_json(path.read_text(), str(path))
+        except OSError as error:
+            raise ConfigError(f"snapshot {path}: {error.strerror}; expected a file to read") from error
+
+
+def take(api: Reader, place: ClusterPlace, *, probes: Mapping[str, Json] | None = None) -> Snapshot:
+    """Look at a live cluster with the rights one has. Raises Unreachable if its API does not answer.
+
+    `probes`: what deployments.probes and the DVC settings say, see preflight_services.
+    """
+    taker = _Taker(api, place)
+    with ThreadPoolExecutor(max_workers=16, thread_name_prefix="snapshot") as pool:
+        waiting = [pool.submit(look) for look in taker.looks()]
+        for future in waiting:
+            future.result()
+    return Snapshot(
+        namespace=place.namespace,
+        taken=time.time(),
+        version=taker.version,
+        clock_offset=_clock_offset(api),
+        apis=taker.apis,
+        access=sorted(taker.access, key=lambda a: (a["group"], a["resource"], a["verb"])),
+        objects=taker.objects,
+        unreadable=taker.unreadable,
+        probes=dict(probes or {}),
+    )
+
+
+class _Taker:
+    """Collects the answers of many threads; each writes keys of its own."""
+
+    def __init__(self, api: Reader, place: ClusterPlace) -> None:
+        self.api, self.place = api, place
+        self.version = ""
+        self.apis: dict[str, Sequence[str]] = {}
+        self.access: list[Json] = []
+        self.objects: dict[str, Sequence[Json]] = {}
+        self.unreadable: dict[str, str] = {}
+
+    def looks(self) -> Iterable[Callable[[], object]]:
+        here = f"/namespaces/{self.place.namespace}"
+        running = {"fieldSelector": "status.phase!=Succeeded,status.phase!=Failed"}
+        yield self._version
+        yield self._apis
+        for right in RIGHTS:
+            yield lambda right=right: self._may(right)  # type: ignore[misc]
+        yield lambda: self._list("nodes", "/api/v1/nodes")
+        yield lambda: self._list("pods", "/api/v1/pods", running)
+        yield lambda: self._one("namespaces", f"/api/v1{here}")
+        yield lambda: self._list("resourcequotas", f"/api/v1{here}/resourcequotas")
+        yield lambda: self._list("limitranges", f"/api/v1{here}/limitranges")
+        yield self._claims
+        yield lambda: self._list("storageclasses", "/apis/storage.k8s.io/v1/storageclasses")
+        yield lambda: self._list("services", f"/api/v1{here}/services")
+        yield lambda: self._list("deployments", f"/apis/apps/v1{here}/deployments")
+        yield self._operator
+        yield lambda: self._one("serviceaccounts", f"/api/v1{here}/serviceaccounts/{self.place.service_account}")
+        if self.place.priority_class:
+            name = self.place.priority_class
+            yield lambda: self._one("priorityclasses", f"/apis/scheduling.k8s.io/v1/priorityclasses/{name}")
+        if self.place.env_secrets or self.place.image_pull_secrets:
+            yield self._secrets
+
+    def _ask(self, path: str, query: Mapping[str, str] | None = None) -> Json:
+        return self.api.request("GET", path, query=query, patience=PATIENCE)
+
+    def _version(self) -> None:
+        # Also where a cluster that does not answer ends the whole look.
+        self.version = str(self._ask("/version").get("gitVersion", ""))
+
+    def _apis(self) -> None:
+        for group in self._ask("/apis").get("groups") or ():
+            if group["name"] not in API_GROUPS:
+                continue
+            for version in (v["groupVersion"] for v in group["versions"]):
+                with contextlib.suppress(ApiStatus):
+                    found = self._ask(f"/apis/{version}").get("resources") or ()
+                    self.apis[version] = sorted(r["name"] for r in found if "/" not in r["name"])
+        here = f"/namespaces/{self.place.namespace}"
+        if "nodepools" in self.apis.get("karpenter.sh/v1", ()):
+            self._list("nodepools", "/apis/karpenter.sh/v1/nodepools")
+        for version in ("kueue.x-k8s.io/v1beta2", "kueue.x-k8s.io/v1beta1"):
+            if "localqueues" in self.apis.get(version, ()) and "localqueues" not in self.objects:
+                self._list("localqueues", f"/apis/{version}{here}/localqueues")
+
+    def _may(self, right: Right) -> None:
+        attributes = {"group": right.group, "resource": right.resource, "verb": right.verb}
+        if right.subresource:
+            attributes["subresource"] = right.subresource
+        if not right.cluster_wide:
+            attributes["namespace"] = self.place.namespace
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        try:
+            status = self.api.request("POST", path, body=body, patience=PATIENCE).get("status") or {}
+        except Unreachable:
+            raise
+        except (StepError, ApiStatus) as error:
+            self.unreadable["access"] = str(error)
+            return
+        self.access.append({"group": right.group, "resource": right.full, "verb": right.verb, **_answer(status)})
+
+    def _list(self, plural: str, path: str, query: Mapping[str, str] | None = None) -> None:
+        items: list[Json] = []
+        more = ""
+        try:
+            while True:
+                page = self._ask(path, {**(query or {}), "limit": PAGE, **({"continue": more} if more else {})})
+                items += [TRIMS[plural](item) for item in page.get("items") or ()]
+                more = (page.get("metadata") or {}).get("continue", "")
+                if not more:
+                    break
+        except Unreachable:
+            raise
+        except (StepError, ApiStatus) as error:
+            self.unreadable[plural] = str(error)
+            return
+        self.objects[plural] = [*self.objects.get(plural, ()), *items]
+
+    def _one(self, plural: str, path: str) -> bool:
+        try:
+            item = self._ask(path)
+        except Unreachable:
+            raise
+        except (StepError, ApiStatus) as error:
+            if getattr(error, "code", 0) == 404:
+                self.objects.setdefault(plural, [])
+                return True
+            self.unreadable[plural] = str(error)
+            return False
+        self.objects[plural] = [*self.objects.get(plural, ()), TRIMS[plural](item)]
+        return True
+
+    def _claims(self) -> None:
+        """The claims, and the volumes behind them: a volume may be bound to a zone."""
+        claims = "persistentvolumeclaims"
+        self._list(claims, f"/api/v1/namespaces/{self.place.namespace}/{claims}")
+        claim = next((c for c in self.objects.get(claims, ()) if c["metadata"]["name"] == self.place.state_claim), None)
+        if claim is not None and (volume := (claim.get("spec") or {}).get("volumeName")):
+            self._one("persistentvolumes", f"/api/v1/persistentvolumes/{urllib.parse.quote(volume)}")
+
+    def _operator(self) -> None:
+        self._list(
+            "operators", "/apis/apps/v1/deployments", {"labelSelector": "control-plane=kubeflow-training-operator"}
+        )
+
+    def _secrets(self) -> None:
+        """Names and types of the Secrets that the place names; what they hold is dropped at once."""
+        for name in dict.fromkeys([*self.place.env_secrets, *self.place.image_pull_secrets]):
+            path = f"/api/v1/namespaces/{self.place.namespace}/secrets/{urllib.parse.quote(name)}"
+            if not self._one("secrets", path):
+                return
+
+
+def _answer(status: Json) -> Json:
+    return {"allowed": bool(status.get("allowed")), "reason": str(status.get("reason") or "")}
+
+
+def _clock_offset(api: Any) -> float | None:
+    """Seconds that the server's clock is ahead of ours, by the Date of an answer; None where headers are not seen."""
+    from email.utils import parsedate_to_datetime
+
+    manager = getattr(getattr(getattr(api, "client", None), "rest_client", None), "pool_manager", None)
+    if manager is None:
+        return None
+    before = time.time()
+    try:
+        date = manager.request("GET", f"{api.host}/version", timeout=PATIENCE, retries=False).headers.get("Date")
+        # A Date is a whole second that has begun: on average half of it is over.
+        return round(parsedate_to_datetime(date).timestamp() + 0.5 - (before + time.time()) / 2, 2) if date else None
+    except Exception:  # whatever stands between: the clock is one row of many, and it says "not known"
+        return None
