@@ -17,7 +17,8 @@ from tasks.deploy_model import deploy_model
 from tests.tasks.serving_kit import MODULE, deploy_request, make_toy, package, registry
 from tests.tasks.torchserve_stub import torchserve_stub
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
+E2E, LONG = pytest.mark.e2e, pytest.mark.long  # a server each: the default run has one of each kind
 
 
 def request_for(tmp_path: Path, module: str = MODULE, flipped: bool = False) -> AdmissionRequest:
@@ -34,6 +35,7 @@ def request_for(tmp_path: Path, module: str = MODULE, flipped: bool = False) -> 
     )
 
 
+@E2E
 def test_a_good_archive_is_admitted_once(tmp_path: Path) -> None:
     request = request_for(tmp_path)
     result = admit(request)
@@ -59,21 +61,31 @@ class Mixing(torch.nn.Linear):
 )
 
 
+DIES = (
+    MODULE.replace('json.loads(body)["values"]', "parse(body)")
+    + """
+def parse(body):
+    if not body: import os; os._exit(1)
+    return json.loads(body)["values"]
+"""
+)
+RAISES_AT_START = MODULE + "\ndef build_model(params):\n    raise OSError('no disk')\n"
+RAISES = MODULE.replace("shares = ", "raise KeyError('x')\n    shares = ")
+MISSING = "its worker does not start: ModuleNotFoundError: No module named 'no_such"
+
+
 @pytest.mark.parametrize(
     ("module", "flipped", "why"),
     [
-        (MODULE, True, r"sample-\d+ is answered wrongly: label"),
-        ("import no_such_package\n", False, "its worker does not start: ModuleNotFoundError: No module named 'no_such"),
-        (MODULE + "\ndef build_model(params):\n    raise OSError('no disk')\n", False, "OSError: no disk"),
-        (MODULE.replace("return torch.nn.Linear", "return torch.nn.Bilinear"), False, "does not start"),
-        (ROW_MIXING, False, "in a batch of 2 is answered wrongly"),
-        (MODULE.replace("shares = ", "raise KeyError('x')\n    shares = "), False, "status 500: .*KeyError"),
-        (MODULE.replace('json.loads(body)["values"]', "parse(body)") + (
-            "\ndef parse(body):\n    if not body: import os; os._exit(1)\n    return json.loads(body)['values']\n"
-        ), False, "a bad request .empty. is answered with 50|ended its worker"),
+        pytest.param("import no_such_package\n", False, MISSING, id="missing import", marks=E2E),
+        pytest.param(ROW_MIXING, False, "in a batch of 2 is answered wrongly", id="rows mixed", marks=E2E),
+        pytest.param(MODULE, True, r"sample-\d+ is answered wrongly: label", id="flipped", marks=LONG),
+        pytest.param(RAISES_AT_START, False, "OSError: no disk", id="raises at start", marks=LONG),
+        pytest.param(MODULE.replace("nn.Linear", "nn.Bilinear"), False, "not start", id="wrong shape", marks=LONG),
+        pytest.param(RAISES, False, r"status 500: .*KeyError", id="raises", marks=LONG),
+        pytest.param(DIES, False, r"is answered with 50|ended its worker", id="dies at bad requests", marks=LONG),
     ],
-    ids=["flipped", "missing import", "raises at start", "wrong shape", "rows mixed", "raises", "dies at bad requests"],
-)  # fmt: skip
+)
 def test_what_is_not_admitted(tmp_path: Path, module: str, flipped: bool, why: str) -> None:
     request = request_for(tmp_path, module, flipped)
     with pytest.raises(GiveUp, match=why):
@@ -81,6 +93,7 @@ def test_what_is_not_admitted(tmp_path: Path, module: str, flipped: bool, why: s
     assert not (tmp_path / "store" / "admissions").exists()
 
 
+@LONG
 def test_a_deployment_that_is_not_admitted_never_reaches_the_server(tmp_path: Path) -> None:
     toy = make_toy(tmp_path / "toy", flipped=True)
     asked, packaged = package(toy, tmp_path / "models")
@@ -92,6 +105,7 @@ def test_a_deployment_that_is_not_admitted_never_reaches_the_server(tmp_path: Pa
         assert [call for call in stub.calls if not call.startswith("GET")] == [] and aliases.moves == []
 
 
+@E2E
 def test_a_killed_admission_leaves_no_server(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from deployments.scratch_torchserve import scratch_torchserve\n"

@@ -115,7 +115,7 @@ def test_clients_survive_a_server_that_hangs_up(tmp_path: Path) -> None:
     assert found["requests"] == found["failed"] > 0
 
 
-@pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_real_measurement(tmp_path: Path) -> None:
     toy = make_toy(tmp_path / "toy")
