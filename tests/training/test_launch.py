@@ -102,6 +102,31 @@ def test_a_kill_without_notice_is_restarted_here_exactly(
     assert hashes(spec_file) == hashes(whole)
 
 
+def test_a_sharded_model_learns_the_same_and_resumes_exactly(make_spec: MakeSpec, read_lines: ReadLines) -> None:
+    settings: dict[str, Any] = {"params": {"slow": 0.004, "norm": True}, "epochs": 3}
+    found = {}
+    for parallel in ("ddp", "fsdp"):
+        whole = make_spec(parallel, parallel=parallel, **settings)
+        assert launch(whole, "--processes", "2") == 0
+        found[parallel] = TrainResult.read(whole.parent / "output" / "result.json").metrics["loss"]
+    assert found["fsdp"] == pytest.approx(found["ddp"], rel=1e-4)
+    spec_file = make_spec("killed", parallel="fsdp", **settings)
+    process = start(spec_file, "--processes", "2")
+    wait_for(lambda: any(line.get("step", 0) >= 7 for line in read_lines(spec_file) if "loss" in line), process)
+    os.kill(next(line["pid"] for line in read_lines(spec_file) if line.get("event") == "worker"), signal.SIGKILL)
+    assert process.wait(60) == 0
+    assert hashes(spec_file) == hashes(whole)
+
+
+def test_a_sharded_model_on_another_number_of_workers_is_refused_or_resharded(make_spec: MakeSpec) -> None:
+    spec_file = make_spec(parallel="fsdp", checkpoint=CheckpointPolicy(every_steps=5), deterministic=False)
+    assert launch(spec_file, "--processes", "2") == 0
+    (spec_file.parent / "output" / "result.json").unlink()
+    assert launch(spec_file, "--processes", "3") == 0
+    strict = make_spec("strict", parallel="fsdp", shards=2)
+    assert launch(strict, "--processes", "3") == 2
+
+
 def test_without_restarts_a_killed_worker_is_an_interruption(
     make_spec: MakeSpec, read_lines: ReadLines, slow: dict[str, Any]
 ) -> None:
