@@ -60,7 +60,7 @@ def prefect(server: Server) -> Prefect:
 
 def test_a_busy_database_is_asked_again(server: Server, prefect: Prefect, monkeypatch: pytest.MonkeyPatch) -> None:
     def pause(seconds: float) -> None:
-        server.code = 200 if len(server.seen) == 3 else 503
+        server.code = 200 if len(server.seen) == 2 else 503
 
     monkeypatch.setattr("flows.prefect_api.time.sleep", pause)
     server.code = 503
