@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class Checkpointer:
         if self.rank == 0:
             metadata |= {"objects": flat.objects, "aliases": flat.aliases}
         self._count += 1
-        self._job = Job(
+        job = Job(
             step=step,
             name=f"step-{step:010d}-{self._token}-{self._count:04d}",
             complete=complete,
@@ -136,10 +137,11 @@ class Checkpointer:
             per_rank=dict(per_rank),
             layout=plan.layout,
             started=started,
-            snapshot=plan.staging.start(self._sources(flat, plan)),
             durable=Future(),
         )
-        self._writer.begin(self._job)
+        # Last, because it wakes the thread that copies.
+        job.snapshot.set_result(plan.staging.start(self._sources(flat, plan), partial(self._writer.write, job)))
+        self._job = job
         self._pending_stall = time.perf_counter() - started
         if blocking:
             self.wait_staged()
@@ -151,7 +153,7 @@ class Checkpointer:
             return 0.0
         stall, self._pending_stall = self._pending_stall, None
         started = time.perf_counter()
-        self._job.snapshot.wait()
+        self._job.snapshot.result().wait()
         stall += time.perf_counter() - started
         self.stall_seconds.append(stall)
         self._job.stall_index = len(self.stall_seconds) - 1

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,7 +28,7 @@ from training.checkpoint_info import CheckpointInfo
 from training.checkpoint_store import CheckpointWriteError, Store
 from training.manifest import Manifest, StoredFile
 from training.shard_file import Layout, shard_name, write_shard
-from training.staging import Snapshot
+from training.staging import Snapshot, be_modest
 from training.state_codec import encode
 
 _log = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ class Job:
     per_rank: Any
     layout: Layout
     started: float  # time.perf_counter() at the call of save
-    snapshot: Snapshot
     durable: Future[CheckpointInfo]
+    snapshot: Future[Snapshot] = field(default_factory=Future)
     stall_index: int | None = None  # of this save in `stall_seconds`
 
 
@@ -64,12 +64,13 @@ class CheckpointWriter:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def begin(self, job: Job) -> None:
-        """Write the job once it is staged; waking one thread at a time keeps the caller's own wait short."""
+    def write(self, job: Job) -> None:
+        """Write the job, whose copy is staged (or about to be); called by whoever made the copy, so that the loop wakes
+        one thread and not two."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
-        job.snapshot.when_staged(lambda: self._queue.put(job))
+        self._queue.put(job)
 
     def close(self) -> None:
         """Stop the thread; every job must be done."""
@@ -79,13 +80,14 @@ class CheckpointWriter:
             self._thread = None
 
     def _run(self) -> None:
+        be_modest()
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (job := self._queue.get()) is not None:
             try:
                 info = self._write(job)
                 if job.stall_index is not None:
-                    self.stall_seconds[job.stall_index] += job.snapshot.device_seconds()
+                    self.stall_seconds[job.stall_index] += job.snapshot.result().device_seconds()
             except BaseException as error:  # handed to the thread that waits
                 self.failures.append(error)
                 job.durable.set_exception(error)
@@ -103,7 +105,7 @@ class CheckpointWriter:
         except Exception as error:
             failure = error
         finally:
-            job.snapshot.release()
+            job.snapshot.result().release()
         outcomes = gather(f"written {job.name}", (stored, failure and f"{type(failure).__name__}: {failure}"))
         manifest = self._manifest(job, outcomes) if all(error is None for _, error in outcomes) else None
         if rank == 0 and manifest is not None:
@@ -147,7 +149,7 @@ class CheckpointWriter:
         header = job.layout.header(encode(job.metadata))
         writer = self._store.create(job.name, shard_name(self._agreement.rank), len(header) + job.layout.nbytes)
         try:
-            stored = write_shard(writer, header, job.snapshot.chunks())
+            stored = write_shard(writer, header, job.snapshot.result().chunks())
             writer.finish()
         except BaseException:
             writer.drop()

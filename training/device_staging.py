@@ -56,13 +56,15 @@ class DeviceStaging:
         self.clone_free = threading.Semaphore(1)
         self.arena_free = threading.Semaphore(1)
 
-    def start(self, sources: Sources) -> DeviceSnapshot:
+    def start(self, sources: Sources, when_staged: Callable[[], object]) -> DeviceSnapshot:
         """Queue the copy behind the work that the current stream has; waits on the host only while the memory is
         still in use by the last snapshot."""
         if not self.decided:
             self.clone, self.decided = self._room(), True
         (self.arena_free if self.clone is None else self.clone_free).acquire()
-        return DeviceSnapshot(self, sources)
+        snapshot = DeviceSnapshot(self, sources)
+        when_staged()  # the writer itself waits for the device, part by part
+        return snapshot
 
     def _room(self) -> torch.Tensor | None:
         free, total = torch.cuda.mem_get_info(self.device)
@@ -108,9 +110,6 @@ class DeviceSnapshot:
             event = _event()
             event.record()
             self._events.append((end, event))
-
-    def when_staged(self, call: Callable[[], object]) -> None:
-        call()  # the writer itself waits for the device, part by part
 
     def wait(self) -> None:
         """Returns at once: it is the device's stream that waits."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,12 @@ from training.shard_file import CHUNK, Layout, Piece
 
 BLOCK = 4 << 20  # bytes per memmove: two threads share one tensor, and a block is done in about a millisecond
 Sources = Sequence[tuple[Piece, torch.Tensor]]
+
+
+def be_modest() -> None:
+    """The calling thread does not push the training's threads off a processor when it wakes up."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class Arena:
@@ -53,9 +60,6 @@ class Arena:
 class Snapshot(Protocol):
     """One copy of the state on its way."""
 
-    def when_staged(self, call: Callable[[], object]) -> None:
-        """Call it once, when `chunks` may be asked for without a long wait. From any thread."""
-
     def wait(self) -> None:
         """For the training thread: returns when the state may change, or raises what went wrong."""
 
@@ -70,9 +74,10 @@ class Snapshot(Protocol):
 
 
 class Staging(Protocol):
-    """One rank's staging area for one layout; `start` begins a copy of sources that hold still until its `wait`."""
+    """One rank's staging area for one layout. `start` begins a copy of sources that hold still until its `wait`;
+    `when_staged` is called once, from any thread, when `chunks` may be asked for without a long wait."""
 
-    def start(self, sources: Sources) -> Snapshot: ...
+    def start(self, sources: Sources, when_staged: Callable[[], object]) -> Snapshot: ...
     def close(self) -> None: ...
 
 
@@ -92,13 +97,14 @@ class HostStaging:
         self._thread = threading.Thread(target=self._run, name="checkpoint-staging", daemon=True)
         self._thread.start()
 
-    def start(self, sources: Sources) -> HostSnapshot:
+    def start(self, sources: Sources, when_staged: Callable[[], object]) -> HostSnapshot:
         """Begin to copy. While the last snapshot is still being written, the copy waits for it."""
-        snapshot = HostSnapshot(self, sources)
+        snapshot = HostSnapshot(self, sources, when_staged)
         self._queue.put(snapshot)
         return snapshot
 
     def _run(self) -> None:
+        be_modest()
         while (snapshot := self._queue.get()) is not None:
             self.free.acquire()
             snapshot.begin()
@@ -114,8 +120,8 @@ class HostStaging:
 class HostSnapshot:
     """See Snapshot. The staging thread and the waiting one take blocks from one iterator (`next` on it is atomic)."""
 
-    def __init__(self, staging: HostStaging, sources: Sources) -> None:
-        self._staging, self._sources = staging, sources
+    def __init__(self, staging: HostStaging, sources: Sources, when_staged: Callable[[], object]) -> None:
+        self._staging, self._sources, self._when_staged = staging, sources, when_staged
         self._lock = threading.Lock()
         self._done: Future[None] = Future()
         self._error: BaseException | None = None
@@ -127,9 +133,9 @@ class HostSnapshot:
         """The memory is free: copying may start, by this thread and whoever waits."""
         blocks = _blocks(self._staging, self._sources)
         self._left, self._blocks = len(blocks), iter(blocks)
-        if not blocks:
-            self._done.set_result(None)
         self._begun.set()
+        if not blocks:
+            self._finish()
 
     def copy(self) -> None:
         """Copy blocks until none is left to begin; the last thread to finish one reports."""
@@ -144,14 +150,15 @@ class HostSnapshot:
             self._left -= count
             finished = count > 0 and self._left == 0
         if finished:
-            self._sources = ()
-            if self._error is None:
-                self._done.set_result(None)
-            else:
-                self._done.set_exception(self._error)
+            self._finish()
 
-    def when_staged(self, call: Callable[[], object]) -> None:
-        self._done.add_done_callback(lambda _: call())
+    def _finish(self) -> None:
+        self._sources = ()
+        if self._error is None:
+            self._done.set_result(None)
+        else:
+            self._done.set_exception(self._error)
+        self._when_staged()
 
     def wait(self) -> None:
         if not self._done.done():

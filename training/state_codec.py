@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: hundreds are made in every save, on the loop's time
 class TensorRef:
     """Stands in a tree for a tensor that is stored in the tensor file under `key`."""
 

@@ -33,7 +33,7 @@ TENSORS = {
 def test_every_kind_of_tensor_arrives_exactly() -> None:
     layout, sources = layout_of(TENSORS)
     staging = HostStaging(layout)
-    snapshot = staging.start(sources)
+    snapshot = staging.start(sources, int)
     snapshot.wait()
     raw = layout.header({"note": [1]}) + b"".join(snapshot.chunks())
     snapshot.release()
@@ -59,9 +59,9 @@ def test_a_part_of_a_tensor_says_where_it_belongs() -> None:
 def test_the_next_copy_waits_until_the_memory_is_free() -> None:
     layout, sources = layout_of({"a": torch.zeros(10)})
     staging = HostStaging(layout)
-    first = staging.start(sources)
+    first = staging.start(sources, int)
     first.wait()
-    second = staging.start([(layout.pieces[0], torch.ones(10))])
+    second = staging.start([(layout.pieces[0], torch.ones(10))], int)
     waiting = threading.Thread(target=second.wait)
     waiting.start()
     waiting.join(0.05)
@@ -77,7 +77,7 @@ def test_the_next_copy_waits_until_the_memory_is_free() -> None:
 def test_what_goes_wrong_in_the_copy_is_raised_to_whoever_waits() -> None:
     layout, _ = layout_of({"a": torch.zeros(10)})
     staging = HostStaging(layout)
-    snapshot = staging.start([(layout.pieces[0], torch.zeros(20)[::4])])  # strided, and of another shape
+    snapshot = staging.start([(layout.pieces[0], torch.zeros(20)[::4])], int)  # strided, and of another shape
     with pytest.raises(RuntimeError, match="size"):
         snapshot.wait()
     with pytest.raises(RuntimeError, match="size"):
