@@ -1,0 +1,79 @@
+"""The pause before a rollout: when it is asked for, what an answer does, and that it is asked for once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments.errors import GateRefused
+from flows import approval
+from flows.approval import Approval, approved
+from flows.settings import load_pipeline
+from tasks.records import Store
+from tests.flows.test_settings import GOOD
+
+
+class Run:
+    """What approval needs of a run; a fake."""
+
+    def __init__(self, folder: Path, *, on: bool = True, reused: bool = False) -> None:
+        text = GOOD + ("[deploy]\napproval = true\n" if on else "")
+        step = SimpleNamespace(key="k" * 40, reused=reused)
+        self.plan = SimpleNamespace(pipeline=load_pipeline(text), steps={"deploy_model": step})
+        self.store, self.id = Store(root=str(folder)), "digits-1"
+        self.document: dict[str, Any] = {"status": "running"}
+
+    def update(self, **fields: Any) -> None:
+        self.document.update(fields)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Approval]:
+    """The answers that a person will give; taken from the end."""
+    answers: list[Approval] = []
+
+    async def ask(*_: object) -> Approval:
+        return answers.pop()
+
+    monkeypatch.setattr(approval, "_ask", ask)
+    return answers
+
+
+def decide(run: Run, version: str = "3") -> None:
+    asyncio.run(approved(run, SimpleNamespace(version=version)))  # type: ignore[arg-type]
+
+
+def test_nobody_is_asked_where_nobody_wants_it_or_nothing_is_deployed(tmp_path: Path, asked: list[Approval]) -> None:
+    decide(Run(tmp_path, on=False))
+    decide(Run(tmp_path, reused=True))
+
+
+def test_a_yes_is_kept_and_not_asked_for_again(tmp_path: Path, asked: list[Approval]) -> None:
+    asked.append(Approval(decision="deploy", comment="good"))
+    run = Run(tmp_path)
+    decide(run)
+    assert run.document["approval"] == {"decision": "deploy", "comment": "good", "run": "digits-1"}
+    decide(Run(tmp_path))  # killed after the answer: there is none left to give
+
+
+def test_a_no_refuses_with_the_comment(tmp_path: Path, asked: list[Approval]) -> None:
+    asked.append(Approval(decision="refuse", comment="not on a Friday"))
+    with pytest.raises(GateRefused, match=r"version 3 of digits was refused by a person: not on a Friday"):
+        decide(Run(tmp_path))
+
+
+def test_an_old_yes_does_not_replace_what_is_newer(tmp_path: Path, asked: list[Approval]) -> None:
+    asked.append(Approval(decision="deploy"))
+    run = Run(tmp_path)
+    run.store.write("endpoints/digits", {"serving": {"version": "12"}})
+    with pytest.raises(GateRefused, match=r"newer version 12 is in service.*rollback --to 3"):
+        decide(run)
+
+
+def test_only_the_two_answers_count() -> None:
+    with pytest.raises(ValueError, match="decision"):
+        Approval(decision="perhaps")  # type: ignore[arg-type]
