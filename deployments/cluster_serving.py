@@ -18,7 +18,7 @@ from typing import Any
 
 from deployments.errors import GiveUp
 from deployments.kube_api import APPLY_PATCH, ApiStatus, KubeApi
-from deployments.pod_diagnosis import HOPELESS, containers, ended, one_line, waiting
+from deployments.pod_diagnosis import HOPELESS, containers, ended, last_line, one_line, waiting
 
 JSON_PATCH = "application/json-patch+json"
 MANAGER = "reprise"
@@ -169,7 +169,7 @@ def _revision(item: Json) -> int:
 def _last_words(container: Json) -> str:
     last = (container.get("lastState") or {}).get("terminated") or {}
     last = last or (container.get("state") or {}).get("terminated") or {}
-    said = one_line(last.get("message", ""))[-300:]
+    said = last_line(last.get("message", ""))
     return (
         f"container {container['name']} ends at each start (exit {last.get('exitCode')}){f': {said}' if said else ''}"
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from deployments.pod_diagnosis import ended, one_line
+from deployments.pod_diagnosis import ended, last_line, one_line
 from deployments.workload import Cause
 
 Json = Mapping[str, Any]
@@ -118,7 +118,7 @@ def _cause(
     if code == 0:
         return "complete", "exit 0"
     if code is not None and 0 < code < 128:
-        said = one_line(terminated.get("message", ""))[-300:]
+        said = last_line(terminated.get("message", ""))
         after = f" after {disruption.get('reason')}" if disruption else ""
         return "user_error", f"exit {code}{after}{f': {said}' if said else ''}"
     kind = disruption.get("reason", "")

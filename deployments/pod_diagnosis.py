@@ -102,7 +102,7 @@ def ended(pod: Json) -> str:
     for container in containers(pod):
         terminated = (container.get("state") or {}).get("terminated") or {}
         if code := terminated.get("exitCode"):
-            said = one_line(terminated.get("message", ""))[-200:]
+            said = last_line(terminated.get("message", ""))
             return f"container {container['name']} of pod {name}: exit {code}{f': {said}' if said else ''}"
     return f"pod {name} failed: {one_line(status.get('message', '') or status.get('reason', '') or 'no reason given')}"
 
@@ -112,6 +112,12 @@ def containers(pod: Json) -> Iterator[dict[str, Any]]:
     status = pod.get("status") or {}
     yield from status.get("initContainerStatuses") or ()
     yield from status.get("containerStatuses") or ()
+
+
+def last_line(text: str) -> str:
+    """The last line that says something: of a traceback the error, of a log the program's last word."""
+    lines = [line for line in str(text).splitlines() if line.strip()]
+    return one_line(lines[-1])[:300] if lines else ""
 
 
 def one_line(text: str) -> str:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from deployments.serving import call
 from deployments.serving_manifests import Serving, serving_objects
 from deployments.workload import Outcome, Resources, Workload
 from tasks.package_model import package_model
+from tasks.records import Attempt, Store
+from tasks.train_model import TrainRequest, train_model
 from tests.tasks.serving_kit import make_toy, package_request
+from training.spec import CheckpointPolicy, TrainSpec
 
 pytestmark = pytest.mark.cluster
 RIG = Path(__file__).parents[1].parent / "shared" / "rig"
@@ -442,12 +446,84 @@ def test_a_pytorchjob_deleted_by_hand_is_made_again(cluster: Cluster) -> None:
 
 
 def test_no_spot_capacity(cluster: Cluster, place: ClusterPlace) -> None:
-    from dataclasses import replace
-
     nowhere = Cluster(replace(place, spot_selector={"karpenter.sh/capacity-type": "none"}), api=cluster.api)
     outcome = nowhere.run(training("train-none-1", "none", 1, start_seconds=6.0))
     assert outcome.cause == "no_capacity" and "karpenter.sh/capacity-type=none" in outcome.reason
     nowhere.close()
+
+
+@pytest.fixture
+def shared(cluster: Cluster) -> Iterator[Path]:
+    """The state volume under one path here and in the pods."""
+    needs_rig()
+    assert cluster.state is not None
+    path = Path(f"/reprise-test-{os.getpid()}")  # not below /tmp, which is a volume of its own in the pods
+    path.mkdir()
+    subprocess.run(["mount", "--bind", str(cluster.state), str(path)], check=True)
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+    path.rmdir()
+
+
+def test_the_real_trainer_through_two_reclaims_gives_the_same_weights(
+    cluster: Cluster, place: ClusterPlace, shared: Path
+) -> None:
+    home = Cluster(replace(place, state_mount=str(shared)), api=cluster.api, state=shared)
+    module = Path(__file__).parent / "training" / "modules" / "tiny.py"
+    store = Store(root=str(shared / "store"))
+
+    def request(key: str, slow: float) -> TrainRequest:
+        folder = shared / key
+        for made in (folder, folder / "output", folder / "checkpoints"):
+            made.mkdir(exist_ok=True)
+            made.chmod(0o2775)
+        spec = TrainSpec(
+            key=key * 40,
+            pipeline="tiny",
+            module=str(module),
+            data=str(shared),
+            checkpoints=f"file://{folder}/checkpoints",
+            output=str(folder / "output"),
+            progress=str(folder / "progress.jsonl"),
+            epochs=10,
+            batch_size=12,
+            params={"slow": slow},
+            checkpoint=CheckpointPolicy(every_steps=5),
+        )
+        wanted = Resources(cpus=0.2, memory="3Gi")
+        return TrainRequest(spec=spec, experiment="t", workers=2, grace_seconds=20, resources=wanted)
+
+    quiet = train_model(request("a", 0.0), runner=home, store=store)
+    assert (quiet.attempts, quiet.steps) == (1, 80)
+
+    takers: list[subprocess.Popen[bytes]] = []
+    at = {1: ("--notice", "30"), 2: ("--no-notice",)}
+
+    def taker(number: int) -> None:
+        """Takes the node of an attempt when it has trained some steps."""
+        name, progress = f"train-{'b' * 12}-{number}", shared / "b" / "progress.jsonl"
+        before = progress.stat().st_size if progress.exists() else 0
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            text = progress.read_text()[before:] if progress.exists() else ""
+            if text.count('"step"') > 12:
+                takers.append(reclaim(node_of(home, name), *at[number]))
+                return
+            time.sleep(0.1)
+
+    def on_attempts(attempts: list[Attempt]) -> None:
+        if attempts[-1].ended is None and attempts[-1].number in at:
+            threading.Thread(target=taker, args=(attempts[-1].number,), daemon=True).start()
+
+    taken = train_model(request("b", 0.03), runner=home, store=store, on_attempts=on_attempts)
+    for process in takers:
+        process.wait(90)
+    rows = store.attempts("b" * 40)
+    print([(r.cause, r.exit_code, r.from_step, r.to_step, r.node, r.reason) for r in rows])
+    assert [r.cause for r in rows] == ["spot", "node_lost", "complete"]
+    assert rows[0].exit_code == 143 and rows[0].to_step == rows[0].reached_step  # it saved on notice
+    assert (taken.weights_sha256, taken.metrics) == (quiet.weights_sha256, quiet.metrics)
+    home.close()
 
 
 # --- serving

@@ -86,7 +86,7 @@ def test_a_pod_that_ends_at_each_start_fails_the_rollout_early(kube: KubeFake, r
     deployment(kube, updatedReplicas=1, availableReplicas=2, replicas=3)
     replica_set(kube, 1)
     replica_set(kube, 2)
-    last = {"terminated": {"exitCode": 4, "message": "the model answers wrongly:\n s1"}}
+    last = {"terminated": {"exitCode": 4, "message": "started\nthe model answers wrongly: s1\n"}}
     new_pod(kube, 1, containerStatuses=[{"name": "old", "restartCount": 9}])  # not one of the new ones
     assert not rollouts.state("serve-x").failed
     new_pod(kube, 2, containerStatuses=[{"name": "torchserve", "restartCount": 2, "lastState": last}])

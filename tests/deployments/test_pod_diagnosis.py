@@ -95,7 +95,7 @@ def terminated(code: int, phase: str = "Failed", **more: Any) -> Json:
     ("item", "words"),
     [
         (terminated(137, reason="OOMKilled"), "raise memory in [resources.STEP]"),
-        (terminated(1, message="ValueError:\n no"), "exit 1: ValueError: no"),
+        (terminated(1, message="Traceback\n  File\nValueError:  no\n"), "exit 1: ValueError: no"),
         (terminated(7), "exit 7"),
         (pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory."), "raise memory"),
         (
