@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.kube_quantity import milli, shown
-from deployments.preflight_findings import is_device
+from deployments.preflight_findings import SPOT_LABELS, is_device
 
 Json = Mapping[str, Any]
 BY_ITSELF = (  # taints that come and go with a node's state
@@ -25,6 +25,8 @@ BY_ITSELF = (  # taints that come and go with a node's state
     "ToBeDeletedByClusterAutoscaler",
 )
 TOLD_OTHERWISE = ("node.kubernetes.io/unschedulable", "node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+
+OTHER_CAPACITY = 3  # spot or on-demand is what somebody decided: the nodes of the other kind are no near miss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +151,8 @@ def _labels(spec: Json, node: Json) -> Iterator[Obstacle]:
             yield Obstacle(
                 kind="selector",
                 detail=f"the pod wants nodes with {key}={value}; node {name} has {has}",
-                fix=f"correct the selector in cluster.toml, or label such nodes: kubectl label node {name} "
-                f"{key}={value}",
+                fix=f"correct the selector in cluster.toml, or label such nodes: kubectl label node NODE {key}={value}",
+                weight=OTHER_CAPACITY if key in SPOT_LABELS else 1,
             )
     terms = affinity_terms(spec)
     if terms and not any(term_holds(t, labels, name) for t in terms):

@@ -192,10 +192,10 @@ def request_of(pods: PodSet) -> dict[str, Any]:
 
 
 def merged(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Rows that say the same of several pod sets or workloads once: same subject, same verdict, same fix."""
-    seen: set[tuple[str, str, str]] = set()
+    """Rows that say the same of several pod sets or workloads once, the worst of them: same subject, same fix."""
+    worst: dict[tuple[str, str], Finding] = {}
     for finding in findings:
-        key = (finding.what, finding.verdict, finding.fix if finding.verdict != "OK" else "")
-        if key not in seen:
-            seen.add(key)
-            yield finding
+        key = (finding.what, finding.fix)
+        if key not in worst or (finding.verdict == "FAIL" and worst[key].verdict == "WARN"):
+            worst[key] = finding
+    yield from worst.values()
