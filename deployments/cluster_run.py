@@ -19,22 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deployments.cluster_creation import Creation
 from deployments.cluster_outcome import judge
-from deployments.errors import GiveUp, PreflightError
+from deployments.errors import PreflightError
 from deployments.job_status import end_of, is_suspended
-from deployments.kube_api import ApiStatus
 from deployments.kube_watch import Following, is_gone, uid_of
 from deployments.manifests import (
     CONTAINERS,
     ENDING_ANNOTATION,
-    KEY_LABEL,
     WORKLOAD_LABEL,
     Manifest,
-    request_is_inside,
 )
 from deployments.node_memory import NodeMemory
 from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
-from deployments.pod_diagnosis import HOPELESS, PULL_REASONS, Waiting, not_created, one_line, waiting
+from deployments.pod_diagnosis import HOPELESS, PULL_REASONS, Waiting, not_created, waiting
 from deployments.pod_log import LogFeed
 from deployments.workload import Cause, Outcome, Workload
 
@@ -111,82 +109,21 @@ class ClusterRun:
         watched = self.ending or self._rest_at or self._waiting_since or self.checked
         return max(0.05, min([LOOK_SECONDS, *due, 0.5 if watched else LOOK_SECONDS]))
 
-    # --- creation
-
     def _create_or_adopt(self) -> None:
-        """Raises GiveUp if the name belongs to something else."""
-        collection = self.cluster.object_path(self.workload.image, "")
-        while True:
-            try:
-                self._prepare_folder()
-                made = self.api.request("POST", collection, body=self.wanted, on_wait=self.feed.say)
-                return self._is_ours(made, adopted=False)
-            except ApiStatus as status:
-                if status.code == 422 or status.code == 400:
-                    raise GiveUp(f"the Kubernetes API refused {self.workload.name}: {status.message}") from status
-                if status.code == 404:
-                    raise PreflightError(f"{one_line(status.message)}; create the namespace first") from status
-                if status.code != 409:
-                    raise
-                resent = status.resent
-            there = self.api.find(self.path)
-            if there is None:
-                time.sleep(0.2)  # gone again, or a conflict of the quota's own bookkeeping
-                continue
-            self._check_identity(there)
-            if there["metadata"].get("deletionTimestamp"):
-                self._wait_gone(uid_of(there))
-                continue
-            end = end_of(there)
-            if end is not None and not end.succeeded and not self.training:
-                self.api.delete(self.path, uid=uid_of(there))  # a step that failed is started anew
-                self._wait_gone(uid_of(there))
-                continue
-            return self._is_ours(there, adopted=not resent)
-
-    def _is_ours(self, item: Json, *, adopted: bool) -> None:
-        self.uid, self.adopted = uid_of(item), adopted
+        creation = Creation(self.cluster, self.workload, self.wanted, self.objects, self.event, self.feed.say)
+        item, self.adopted = creation.create_or_adopt(self._left_over)
+        self.uid = uid_of(item)
         self.checked = self.resting = False
         self._rest_at = 0.0
         asked = stamp(item["metadata"].get("creationTimestamp")) or time.time()
-        self.created = asked if adopted else time.time()
+        self.created = asked if self.adopted else time.time()
         self.objects.put(item)
 
-    def _check_identity(self, there: Json) -> None:
-        ours = self.wanted["metadata"]["labels"].get(KEY_LABEL)
-        labels = there["metadata"].get("labels") or {}
-        theirs = labels.get(KEY_LABEL)
-        if ours != theirs or labels.get("app.kubernetes.io/managed-by") != "reprise":
-            raise GiveUp(
-                f"{self.path}: there is an object of that name with {KEY_LABEL}={theirs}, expected {ours}; "
-                "delete it if nobody needs it"
-            )
-
-    def _wait_gone(self, uid: str) -> None:
-        """Until the object and its pods are away, so that two never run at once."""
-        while True:
-            there = self.api.find(self.path)
-            if there is None or uid_of(there) != uid:
-                return
-            self.event.wait(0.5)
-            self.event.clear()
-
-    def _prepare_folder(self) -> None:
-        """An earlier try's result must not be taken for this one's; a request that is too long goes to the volume."""
-        folder = self.cluster.local_folder(self.workload.name)
-        inside = request_is_inside(self.workload)
-        if folder is None:
-            if not inside:
-                raise GiveUp(
-                    f"{self.workload.name}: its request is too long for an object, and the state volume is not mounted "
-                    f"at {self.cluster.settings.state_mount} here; run the flow where it is"
-                )
-            return
-        if any(not is_gone(item) for item in self.objects.objects()):
-            return
-        (folder / "result.json").unlink(missing_ok=True)
-        if not inside:
-            (folder / "request.json").write_text(json.dumps(dict(self.workload.request), sort_keys=True))
+    def _left_over(self) -> bool:
+        """Whether pods run whose object is gone: the garbage collector is about to end them."""
+        owners = {uid_of(item) for item in self.objects.objects() if not is_gone(item)}
+        orphans = [p for p in self.pods.objects() if _owner(p) and _owner(p) not in owners]
+        return not owners and not self._all_over(orphans)
 
     # --- waiting
 
@@ -221,11 +158,7 @@ class ClusterRun:
         return found, is_gone(found)
 
     def _own_pods(self) -> list[Json]:
-        return [
-            pod
-            for pod in self.pods.objects()
-            if any(owner.get("uid") == self.uid for owner in pod["metadata"].get("ownerReferences") or ())
-        ]
+        return [pod for pod in self.pods.objects() if _owner(pod) == self.uid]
 
     def _ask_for_pods(self) -> None:
         """The two watches are not in step: when the object has ended, ask for the pods as they are."""
@@ -411,6 +344,10 @@ def _told_to_end(item: Json) -> Ending | None:
     """What `stop` wrote into the object before it deleted it."""
     why = (item["metadata"].get("annotations") or {}).get(ENDING_ANNOTATION)
     return Ending(cause="cancelled", reason=why) if why else None
+
+
+def _owner(pod: Json) -> str:
+    return next((str(o["uid"]) for o in pod["metadata"].get("ownerReferences") or () if o.get("controller")), "")
 
 
 def _phase(pod: Json) -> str:

@@ -273,6 +273,20 @@ def test_deleted_by_hand_waits_for_the_old_pod_before_a_new_one(kube: KubeFake, 
     assert run.end().cause == "cancelled"  # the second time it is taken for a wish
 
 
+def test_pods_whose_job_is_gone_are_waited_for_by_a_new_process(kube: KubeFake, cluster: Cluster) -> None:
+    """Deleted in the background while nobody watched: its pod still ends, and two must never run at once."""
+    old = {"metadata": {"name": NAME, "uid": "old", "labels": {}}}
+    old["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "reprise", "reprise.dev/workload": NAME}
+    pod = kube.pod_for(old)["metadata"]["name"]
+    run = Background(cluster, step())
+    kube.wait(lambda: run.lines)
+    time.sleep(0.3)
+    assert not kube.has(JOBS, NAME) and "is still ending" in run.lines[0]
+    kube.remove(PODS, pod)
+    succeed(kube, kube.wait(lambda: kube.has(JOBS, NAME) and kube.get(JOBS, NAME)), document={"ok": True})
+    assert run.end().cause == "complete"
+
+
 def test_stop_ends_it_as_cancelled_and_is_idempotent(kube: KubeFake, cluster: Cluster) -> None:
     kube.foreground = {JOBS, PODS}
     run = Background(cluster, step())
