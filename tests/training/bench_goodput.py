@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import itertools
 
 from training.launch import descendants  # noqa: E402
 from training.spec import CheckpointPolicy, TrainSpec  # noqa: E402
@@ -89,7 +89,7 @@ def train(*, steps: int, mtbf: float, seed: int, notice: bool) -> dict[str, floa
         kills: list[float] = []
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            next_kill = math.inf
+            next_kill, before = math.inf, 0
             while True:
                 time.sleep(0.01)
                 code = process.poll()
@@ -97,10 +97,11 @@ def train(*, steps: int, mtbf: float, seed: int, notice: bool) -> dict[str, floa
                     break
                 if code == 143 and notice:
                     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                    next_kill, before = math.inf, len(read(progress))  # the next one comes while steps are taken
                 elif code is not None:
                     raise RuntimeError(f"exit {code}: {(folder / 'log.txt').read_text()[-1000:]}")
                 lines = read(progress)
-                if next_kill == math.inf and any("loss" in line for line in lines):
+                if next_kill == math.inf and any("loss" in line for line in lines[before:]):
                     next_kill = time.time() + chance.expovariate(1 / mtbf)
                 if time.time() >= next_kill and code is None:
                     kills.append(time.time())
