@@ -138,6 +138,7 @@ def form(pipeline: PipelineSettings, *, place: str, revs: Sequence[str] = ()) ->
         "type": "object",
         "properties": {name: {**field, "position": at} for at, (name, field) in enumerate(fields.items())},
         "required": [],
+        "additionalProperties": False,
         "definitions": {"TrainingForm": training},
     }
 

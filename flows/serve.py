@@ -10,6 +10,7 @@ start when it is back. Not covered: a cluster, where Prefect's Kubernetes worker
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deployments.errors import StepError
 from deployments.processes import SERVICE_MARK
@@ -32,6 +34,7 @@ from tasks.records import Store
 
 SWEEP_SECONDS = 5.0
 POLL_SECONDS = 2.0  # how soon a scheduled run is noticed
+END_SECONDS = 26.0  # for flows that were told to end
 
 
 def serve(pipeline: str, place: str) -> None:
@@ -60,19 +63,49 @@ async def _work(place: PlaceSettings) -> None:
     """Prefect's worker until somebody ends it; a server that is away for longer than it bears is waited for."""
     from prefect.workers.process import ProcessWorker
 
-    me = asyncio.current_task()
-    loop = asyncio.get_running_loop()
+    loop, ending = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Cancelled, the worker tells its flows to end, and waits for them: their trainers save.
-        loop.add_signal_handler(number, lambda: me.cancel() if me else None)
+        loop.add_signal_handler(number, ending.set)
+    working = asyncio.create_task(_keep_working(lambda: ProcessWorker(pool_name(place), name=_worker_name())))
+    await ending.wait()
+    # First, because a worker that is cancelled kills its flows: told to end, they let their trainers save.
+    await asyncio.to_thread(_end_flows)
+    working.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
+
+
+async def _keep_working(make: Callable[[], Any]) -> None:
     while True:
         try:
-            await ProcessWorker(work_pool_name=pool_name(place), name=f"reprise-{socket.gethostname()}").start()
-        except asyncio.CancelledError:
-            return
+            await make().start()
         except Exception as error:
             say(f"the worker ended: {error}; it starts again")
         await asyncio.sleep(SWEEP_SECONDS)
+
+
+def _worker_name() -> str:
+    return f"reprise-{socket.gethostname()}"
+
+
+def _end_flows() -> None:
+    """SIGTERM to each flow that was started from here, and wait until they are gone."""
+    import psutil
+
+    flows = [p for p in psutil.Process().children(recursive=True) if "prefect.engine" in _command(p)]
+    for process in flows:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    psutil.wait_procs(flows, timeout=END_SECONDS)
+
+
+def _command(process: Any) -> list[str]:
+    import psutil
+
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def _look_after(target: Target, stopped: Callable[[float], bool]) -> None:

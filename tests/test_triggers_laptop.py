@@ -251,9 +251,10 @@ class Receiver:
     def start(self) -> None:
         argv = [sys.executable, "-m", "flows", "hook", "serve", "--port", str(RECEIVER)]
         environment = {**os.environ, "REPRISE_PUSH_SECRET": SECRET.decode()}
-        log = (self.project.root / "receiver.txt").open("ab")
-        self.process = subprocess.Popen(argv, cwd=self.project.folder, env=environment, stdout=log, stderr=log)
-        _until(lambda: _taken(RECEIVER), 60, "the receiver listens")
+        with (self.project.root / "receiver.txt").open("ab") as log:
+            self.process = subprocess.Popen(argv, cwd=self.project.folder, env=environment, stdout=log, stderr=log)
+        _until(lambda: _taken(RECEIVER) or self.process.poll() is not None, 120, "the receiver listens")
+        assert self.process.poll() is None, (self.project.root / "receiver.txt").read_text()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         if self.process:
@@ -275,9 +276,11 @@ class Receiver:
 @pytest.fixture(scope="module")
 def receiver(project: Project) -> Iterator[Receiver]:
     made = Receiver(project)
-    made.start()
-    yield made
-    made.kill(signal.SIGTERM)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.kill(signal.SIGTERM)
 
 
 def pushed_runs(project: Project, sha: str) -> list[dict[str, Any]]:
@@ -423,7 +426,7 @@ def test_a_person_approves_or_refuses(project: Project) -> None:
 
 
 def test_down_lets_a_running_trainer_save_and_up_resumes_it(project: Project) -> None:
-    flow_run = project.start(rev="origin/main~1", train={"epochs": 200, "seed": 92})
+    flow_run = project.start(rev="origin/main", train={"epochs": 200, "seed": 92})
     _until(lambda: project.trained_steps(flow_run) > 60, 90, "it trains")
     project.command("down")
     document = project.document(flow_run)

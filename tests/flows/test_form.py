@@ -84,6 +84,7 @@ def test_what_is_changed_becomes_an_override(pipeline: PipelineSettings) -> None
         {"rev": "--upload-pack=x"},
         {"rev": "a b"},
         {"rev": ""},
+        {"nothing": 1},
         {"overrides": ["epochs"]},
         {"cause": "boredom"},
         {"place": "moon"},
