@@ -1,0 +1,352 @@
+"""The preflight against a real API server and a real scheduler: what it foretells is what then happens.
+
+    KUBECONFIG=... pytest -m cluster tests/test_preflight_cluster.py
+
+Nodes are made as API objects, with a heartbeat and without a kubelet, so that any capacity can be told; the pods have a
+scheduling selector that only these nodes have. Nothing is run: pods are created, the scheduler's word is read, and they
+are deleted. Not covered: kubelets (that a time-sliced node refuses a request above one is theirs to do).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from deployments.errors import GiveUp, PreflightError
+from deployments.kube_api import MERGE_PATCH, ApiStatus, KubeApi, connect
+from deployments.manifests import ClusterPlace, manifest
+from deployments.preflight import guard, preflight
+from deployments.preflight_findings import Finding, wanted
+from deployments.snapshot import take
+from deployments.workload import Resources, Workload
+
+pytestmark = pytest.mark.cluster
+Json = dict[str, Any]
+DIGEST = "@sha256:" + "a" * 64
+MARK = f"preflight-{os.getpid()}"
+BY_SCHEDULER = {
+    "taints",
+    "node selector",
+    "node affinity",
+    "resources",
+    "cordoned nodes",
+    "nodes",
+    "free capacity",
+    "storage zone",
+}
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[KubeApi]:
+    if not os.environ.get("KUBECONFIG"):
+        pytest.skip("no KUBECONFIG: this needs a Kubernetes API")
+    connection = connect()
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def place(api: KubeApi) -> Iterator[ClusterPlace]:
+    """A namespace that enforces `restricted`, with a claim and a service account."""
+    name = f"preflight-{time.monotonic_ns() % 10**9}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    make(api, "/api/v1/namespaces", {"kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+    make(
+        api,
+        f"/api/v1/namespaces/{name}/serviceaccounts",
+        {"kind": "ServiceAccount", "metadata": {"name": "reprise-step"}},
+    )
+    claim(api, name, "ReadWriteMany")
+    yield ClusterPlace(
+        namespace=name,
+        images={"step": "registry.example/step" + DIGEST, "train": "registry.example/train" + DIGEST},
+        spot_selector={"karpenter.sh/capacity-type": "spot", "reprise.dev/test": MARK},
+        on_demand_selector={"karpenter.sh/capacity-type": "on-demand", "reprise.dev/test": MARK},
+    )
+    api.delete(f"/api/v1/namespaces/{name}")
+
+
+def claim(api: KubeApi, namespace: str, mode: str) -> None:
+    spec = {"accessModes": [mode], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
+    spec["volumeName"] = f"{namespace}-volume"
+    volume = {
+        "kind": "PersistentVolume",
+        "metadata": {"name": f"{namespace}-volume"},
+        "spec": {
+            "accessModes": [mode],
+            "capacity": {"storage": "1Gi"},
+            "hostPath": {"path": "/tmp"},
+            "claimRef": {"namespace": namespace, "name": "reprise"},
+            "storageClassName": "",
+        },
+    }
+    make(api, "/api/v1/persistentvolumes", volume)
+    item = {"kind": "PersistentVolumeClaim", "metadata": {"name": "reprise"}, "spec": spec}
+    make(api, f"/api/v1/namespaces/{namespace}/persistentvolumeclaims", item)
+    until = time.monotonic() + 30
+    path = f"/api/v1/namespaces/{namespace}/persistentvolumeclaims/reprise"
+    while api.get(path)["status"].get("phase") != "Bound":
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def make(api: KubeApi, collection: str, item: Json) -> Json:
+    version = collection.split("/")[2] if collection.startswith("/api/") else "/".join(collection.split("/")[2:4])
+    return api.request("POST", collection, body={"apiVersion": version, **item}, patience=20)
+
+
+class Nodes:
+    """Node objects that answer, and are gone at the end."""
+
+    def __init__(self, api: KubeApi) -> None:
+        self.api, self.names, self.silent = api, list[str](), set[str]()
+        self.capacity: dict[str, dict[str, str]] = {}
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
+
+    def add(self, name: str, *, capacity: str = "spot", taints: list[Json] | None = None, **more: Any) -> str:
+        name = f"{MARK}-{name}"
+        labels = {"karpenter.sh/capacity-type": capacity, "reprise.dev/test": MARK, **more.pop("labels", {})}
+        spec = {"taints": taints or [], "unschedulable": more.pop("cordoned", False)}
+        make(self.api, "/api/v1/nodes", {"kind": "Node", "metadata": {"name": name, "labels": labels}, "spec": spec})
+        self.capacity[name] = {"cpu": "8", "memory": "32Gi", "pods": "20", **more.pop("resources", {})}
+        self.names.append(name)
+        self._tell(name)
+        return name
+
+    def _tell(self, name: str) -> None:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        ready = {
+            "type": "Ready",
+            "status": "True",
+            "reason": "Told",
+            "lastHeartbeatTime": now,
+            "lastTransitionTime": now,
+        }
+        status = {"capacity": self.capacity[name], "allocatable": self.capacity[name], "conditions": [ready]}
+        path = f"/api/v1/nodes/{name}/status"
+        self.api.request("PATCH", path, body={"status": status}, content_type=MERGE_PATCH, patience=5)
+
+    def _beat(self) -> None:
+        while not self.closing.wait(8):
+            for name in list(self.names):
+                self._tell(name)
+
+    def settle(self) -> None:
+        """Until the controllers have taken the taint of a new node away."""
+        until = time.monotonic() + 20
+        for name in self.names:
+            while any(
+                "not-ready" in t["key"] for t in self.api.get(f"/api/v1/nodes/{name}")["spec"].get("taints") or ()
+            ):
+                assert time.monotonic() < until, name
+                time.sleep(0.1)
+
+    def close(self) -> None:
+        self.closing.set()
+        self.thread.join(20)
+        for name in self.names:
+            self.api.delete(f"/api/v1/nodes/{name}")
+
+
+@pytest.fixture
+def nodes(api: KubeApi) -> Iterator[Nodes]:
+    made = Nodes(api)
+    yield made
+    made.close()
+
+
+def training(**changes: Any) -> Workload:
+    given: dict[str, Any] = {"cpus": 1, "memory": "1Gi", "gpus": 1, "shm": "64Mi", **changes.pop("resources", {})}
+    return Workload(
+        **{
+            "name": "train-agree-1",
+            "image": "train",
+            "command": ("python", "-m", "training.launch", "--spec", "{request}"),
+            "spot": True,
+            "grace_seconds": 60.0,
+            "resources": Resources(**given),
+            **changes,
+        }
+    )
+
+
+def rows(api: KubeApi, workload: Workload, place: ClusterPlace) -> list[Finding]:
+    """What the preflight says about places and admission; the operator is no part of these tests."""
+    found = preflight(take(api, place), [workload], place)
+    return [f for f in found if f.verdict != "OK" and f.what not in ("PyTorchJob",)]
+
+
+def scheduler_says(api: KubeApi, workload: Workload, place: ClusterPlace) -> tuple[bool, str, float]:
+    """Whether all pods of the workload get a node, in whose words if not, and after how many seconds that was known."""
+    root, made = f"/api/v1/namespaces/{place.namespace}/pods", []
+    item = wanted(manifest(workload, place))
+    began = time.monotonic()
+    try:
+        for pods in item.sets:
+            for index in range(pods.count):
+                name = f"{workload.name}-{pods.role.lower()}-{index}"
+                metadata = {**pods.template["metadata"], "name": name}
+                make(api, root, {"kind": "Pod", "metadata": metadata, "spec": pods.spec})
+                made.append(name)
+        until = time.monotonic() + 30
+        while True:
+            seen = [api.get(f"{root}/{name}") for name in made]
+            conditions = [
+                c for p in seen for c in (p.get("status") or {}).get("conditions") or () if c["type"] == "PodScheduled"
+            ]
+            if refused := [c for c in conditions if c["status"] == "False"]:
+                return False, refused[0].get("message", ""), time.monotonic() - began
+            if all(p["spec"].get("nodeName") for p in seen):
+                return True, "", time.monotonic() - began
+            assert time.monotonic() < until, "the scheduler said nothing"
+            time.sleep(0.02)
+    except (ApiStatus, GiveUp, PreflightError) as error:
+        return False, str(error), time.monotonic() - began
+    finally:
+        for name in made:
+            api.delete(f"{root}/{name}", propagation="Background", grace=0)
+        gone = time.monotonic() + 20
+        while made and any(api.find(f"{root}/{name}") for name in made):
+            assert time.monotonic() < gone
+            time.sleep(0.05)
+
+
+GPU_TAINT = {"key": "nvidia.com/gpu", "value": "true", "effect": "NoSchedule"}
+GPU = {"nvidia.com/gpu": "1"}
+MIG = {"nvidia.com/mig-1g.10gb": "2"}
+# name: nodes, changes of the workload, what the preflight names ("" = it is silent)
+CASES: dict[str, tuple[list[Json], Json, str]] = {
+    "a whole GPU": ([{"resources": GPU, "taints": [GPU_TAINT]}], {}, ""),
+    "a MIG slice": (
+        [{"resources": MIG, "taints": [GPU_TAINT]}],
+        {"resources": {"gpu_resource": "nvidia.com/mig-1g.10gb"}},
+        "",
+    ),
+    "a share of a GPU": ([{"resources": {"nvidia.com/gpu": "4"}, "labels": {"nvidia.com/gpu.replicas": "4"}}], {}, ""),
+    "two nodes": (
+        [{"resources": GPU, "capacity": "on-demand"}, {"resources": GPU}, {"resources": GPU}],
+        {"replicas": 3},
+        "pod security",
+    ),
+    "another taint": (
+        [{"resources": GPU, "taints": [GPU_TAINT, {"key": "team", "effect": "NoSchedule"}]}],
+        {},
+        "taints",
+    ),
+    "cordoned": ([{"resources": GPU, "cordoned": True}], {}, "cordoned nodes"),
+    "on-demand only": ([{"resources": GPU, "capacity": "on-demand"}], {}, "node selector"),
+    "a MIG slice of another size": (
+        [{"resources": MIG}],
+        {"resources": {"gpu_resource": "nvidia.com/mig-3g.40gb"}},
+        "resources",
+    ),
+    "whole GPUs where there are slices": ([{"resources": MIG}], {}, "resources"),
+    "more GPUs than a node has": ([{"resources": GPU}], {"resources": {"gpus": 2}}, "resources"),
+    "more memory than a node has": ([{"resources": GPU}], {"resources": {"memory": "64Gi"}}, "resources"),
+    "no nodes of ours": ([{"resources": GPU, "labels": {"reprise.dev/test": "other"}}], {}, "node selector"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_preflight_and_the_scheduler_agree(name: str, api: KubeApi, place: ClusterPlace, nodes: Nodes) -> None:
+    told, changes, what = CASES[name]
+    for index, node in enumerate(told):
+        nodes.add(f"n{index}", **node)
+    nodes.settle()
+    workload = training(**changes)
+    found = rows(api, workload, place)
+    placed, said, _ = scheduler_says(api, workload, place)
+    assert [f.what for f in found] == ([what] if what else []), found
+    assert placed == (what not in BY_SCHEDULER), (said, found)
+
+
+def test_a_gpu_that_another_pod_holds_is_a_wait_and_no_refusal(api: KubeApi, place: ClusterPlace, nodes: Nodes) -> None:
+    node = nodes.add("n0", resources=GPU)
+    nodes.settle()
+    holder = wanted(manifest(training(name="train-holder-1"), place)).sets[0]
+    root = f"/api/v1/namespaces/{place.namespace}/pods"
+    make(api, root, {"kind": "Pod", "metadata": {"name": "holder"}, "spec": {**holder.spec, "nodeName": node}})
+    found = rows(api, training(), place)
+    assert [(f.what, f.verdict) for f in found] == [("free capacity", "WARN")], found
+    assert f"{place.namespace}/holder (1)" in found[0].found
+    placed, said, _ = scheduler_says(api, training(), place)
+    assert not placed and "Insufficient nvidia.com/gpu" in said
+    api.delete(f"{root}/holder", propagation="Background", grace=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "what"),
+    [
+        ("resourcequotas", {"hard": {"requests.nvidia.com/gpu": "0"}}, "quota"),
+        ("resourcequotas", {"hard": {"limits.cpu": "8"}}, "quota"),
+        ("resourcequotas", {"hard": {"requests.nvidia.com/gpu": "4", "pods": "10"}}, ""),
+        ("limitranges", {"limits": [{"type": "Container", "max": {"memory": "512Mi"}}]}, "limit range"),
+        ("limitranges", {"limits": [{"type": "Container", "default": {"cpu": "500m"}}]}, "limit range"),
+        ("limitranges", {"limits": [{"type": "Container", "min": {"memory": "2Gi"}}]}, "limit range"),
+        ("limitranges", {"limits": [{"type": "Container", "default": {"cpu": "2"}}]}, ""),
+    ],
+)
+def test_the_preflight_and_admission_agree(
+    kind: str, spec: Json, what: str, api: KubeApi, place: ClusterPlace, nodes: Nodes
+) -> None:
+    nodes.add("n0", resources=GPU)
+    nodes.settle()
+    name = {"resourcequotas": "ResourceQuota", "limitranges": "LimitRange"}[kind]
+    path = f"/api/v1/namespaces/{place.namespace}/{kind}"
+    make(api, path, {"kind": name, "metadata": {"name": "bounds"}, "spec": spec})
+    until = time.monotonic() + 20
+    while kind == "resourcequotas" and not (api.get(f"{path}/bounds").get("status") or {}).get("hard"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    found = rows(api, training(), place)
+    placed, said, _ = scheduler_says(api, training(), place)
+    assert [f.what for f in found] == ([what] if what else []), found
+    assert placed == (what == ""), (said, found)
+
+
+def test_pod_security_agrees(api: KubeApi, place: ClusterPlace, nodes: Nodes) -> None:
+    nodes.add("n0", resources=GPU)
+    nodes.settle()
+    made = manifest(training(), place)
+    container = made["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    del container["securityContext"]["allowPrivilegeEscalation"]
+    found = [f for f in preflight(take(api, place), [made], place) if f.what == "pod security"]
+    assert [f.verdict for f in found] == ["FAIL"]
+    spec = made["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    with pytest.raises(GiveUp, match="violates PodSecurity"):
+        make(
+            api, f"/api/v1/namespaces/{place.namespace}/pods", {"kind": "Pod", "metadata": {"name": "p"}, "spec": spec}
+        )
+
+
+def test_it_refuses_before_the_scheduler_could_speak(
+    api: KubeApi, place: ClusterPlace, nodes: Nodes, record_property: Any
+) -> None:
+    nodes.add("n0", resources=MIG)
+    nodes.settle()
+    began = time.monotonic()
+    with pytest.raises(PreflightError, match=r"no node has nvidia.com/gpu") as refused:
+        guard(api, training(), place)
+    ours = time.monotonic() - began
+    assert refused.value.exit_code == 3
+    placed, said, theirs = scheduler_says(api, training(), place)
+    assert not placed and "Insufficient nvidia.com/gpu" in said
+    record_property("preflight_seconds", round(ours, 3))
+    record_property("scheduler_seconds", round(theirs, 3))
+    print(json.dumps({"preflight_seconds": round(ours, 3), "scheduler_seconds": round(theirs, 3)}))
+
+
+def test_rights_are_what_the_server_says(api: KubeApi, place: ClusterPlace) -> None:
+    snapshot = take(api, place)
+    assert snapshot.access and all(a["allowed"] for a in snapshot.access)  # an administrator's kubeconfig
+    assert not snapshot.unreadable
+    assert snapshot.clock_offset is not None and abs(snapshot.clock_offset) < 2
