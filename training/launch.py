@@ -34,6 +34,8 @@ from training.standby import Agent, start_agent, warm_up
 
 MARGIN = 2.0  # seconds of the grace kept for each layer's own end: worker, torchrun, this process
 POLL = 0.05
+ALONE = 5.0  # seconds after which an agent without workers is ended
+ALONE_AMONG_NODES = 330.0  # the same where it may wait for other nodes: torch's exit barrier takes 300 s at most
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -104,8 +106,9 @@ class Launch:
             shutil.rmtree(status, ignore_errors=True)
 
     def _wait(self) -> None:
-        """Until torchrun has ended, or the grace is over."""
-        told = False
+        """Until torchrun has ended, or the grace is over, or its workers are gone and it does not see it."""
+        told = seen = False
+        gone: float | None = None
         agent = self.agent
         assert agent is not None
         while agent.poll() is None:
@@ -115,6 +118,13 @@ class Launch:
                     self.progress.event("notice", at=self.noticed_at, grace=self.grace)
                     told = True
                 if time.time() - self.noticed_at > self.grace - MARGIN / 2:
+                    return
+            # a worker killed in its very last moment leaves torch's agent waiting for its answer for ever
+            if any(True for _ in descendants(agent.pid)):
+                seen, gone = True, None
+            elif seen:
+                gone = gone or time.monotonic()
+                if time.monotonic() - gone > (ALONE if "--nnodes=1" in self.nodes else ALONE_AMONG_NODES):
                     return
 
     def _judge(self, statuses: list[dict[str, Any]]) -> Ending:

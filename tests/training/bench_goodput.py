@@ -103,6 +103,8 @@ def train(*, steps: int, mtbf: float, seed: int, notice: bool) -> dict[str, floa
                 lines = read(progress)
                 if next_kill == math.inf and any("loss" in line for line in lines[before:]):
                     next_kill = time.time() + chance.expovariate(1 / mtbf)
+                if any(line.get("event") == "complete" for line in lines):
+                    next_kill = math.inf
                 if time.time() >= next_kill and code is None:
                     kills.append(time.time())
                     next_kill = time.time() + chance.expovariate(1 / mtbf)
@@ -153,6 +155,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing below is left behind
     steps = int(args.seconds / PACE) // 8 * 8
     document = {}
     for name, notice in (("without notice", False), ("with notice", True)):

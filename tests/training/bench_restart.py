@@ -144,6 +144,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing below is left behind
     names = list(RIVALS)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     never = dict.fromkeys(names, 0)

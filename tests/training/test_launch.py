@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from training.launch import descendants, main, node_flags
-from training.spec import CheckpointPolicy, TrainResult
+from training.launch import Launch, descendants, main, node_flags
+from training.spec import CheckpointPolicy, TrainResult, read_spec
+from training.standby import Agent
 
 MakeSpec = Callable[..., Path]
 ReadLines = Callable[[Path], list[dict[str, Any]]]
@@ -156,6 +157,24 @@ def alive(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
+
+
+def test_an_agent_that_does_not_see_its_workers_end_is_not_waited_for(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.launch.ALONE", 0.3)
+    spec_file = make_spec()
+    nodes = node_flags({})
+    one = Launch(spec=read_spec(spec_file), spec_file=spec_file, processes=1, grace=30, restarts=0, nodes=nodes)
+    stuck = subprocess.Popen(["/bin/sh", "-c", "sleep 0.5 & wait; exec sleep 60"])
+    try:
+        one.agent = Agent(stuck.pid)
+        began = time.monotonic()
+        one._wait()
+        assert 0.7 <= time.monotonic() - began < 20
+    finally:
+        stuck.kill()
+        stuck.wait()
 
 
 def test_a_bug_exits_1_once_and_names_the_worker(
