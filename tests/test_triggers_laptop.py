@@ -26,6 +26,7 @@ import pytest
 
 from flows.example import create_project
 from flows.prefect_api import Prefect
+from flows.push_queue import PushQueue
 from flows.zombies import REVIVALS
 from tests.flows.push_kit import SECRET, git, payload, signed
 
@@ -352,7 +353,14 @@ def test_forged_and_broken_ones_over_real_http(project: Project, receiver: Recei
 def test_killed_between_receipt_and_hand_over_it_is_one_run(project: Project, receiver: Receiver, delay: float) -> None:
     """The worker's own loop is stopped for it, so that only the receiver decides."""
     worker = json.loads((project.folder / ".reprise/services/worker/process.json").read_text())["pid"]
-    os.kill(worker, signal.SIGSTOP)
+    queue = PushQueue(project.folder / ".reprise" / "push" / "queue.db")
+    while True:
+        os.kill(worker, signal.SIGSTOP)
+        with queue.turn() as free:  # stopped in the middle of its turn, it would keep everybody from theirs
+            if free:
+                break
+        os.kill(worker, signal.SIGCONT)
+        time.sleep(0.05)
     try:
         before, after = project.change("shift = 1", f"shift = 1  # {delay}")
         before, after = project.change("learning_rate = 0.00", f"learning_rate = 0.00{int(delay * 10)}")
