@@ -109,7 +109,7 @@ def test_everything_listed_is_there_and_everything_there_is_listed(folder: Path)
         assert (folder / name).exists(), f"{folder.name}: {name} is listed and not there"
     for name in components:
         assert kustomization((folder / name).resolve())["kind"] == "Component", name
-    values = {"gpu-operator-values.yaml", "nvidia-device-plugin-values.yaml", "rules.test.yaml"}
+    values = {"gpu-operator-values.yaml", "nvidia-device-plugin-values.yaml", "rules.test.yaml", "dashboard.png"}
     there = {p.name for p in folder.iterdir() if p.is_file()} - {"kustomization.yaml", "README.md"} - values
     assert there == {Path(n).name for n in listed | generated | patches if (folder / n).is_file() and "/" not in n}
 
