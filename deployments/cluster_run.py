@@ -32,7 +32,7 @@ from deployments.manifests import (
 )
 from deployments.node_memory import NodeMemory
 from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
-from deployments.pod_diagnosis import HOPELESS, PULL_REASONS, Waiting, not_created, waiting
+from deployments.pod_diagnosis import FATAL, HOPELESS, Waiting, not_created, waiting
 from deployments.pod_log import LogFeed
 from deployments.workload import Cause, Outcome, Workload
 
@@ -186,8 +186,7 @@ class ClusterRun:
             since = time.time() - self._waiting_since
             if since > TELL_SECONDS or held.reason in HOPELESS:
                 self._tell(held.sentence)
-            fatal = held.reason in PULL_REASONS or held.reason == "CreateContainerConfigError"
-            if held.reason in HOPELESS or (fatal and since > self.cluster.start_patience):
+            if held.reason in HOPELESS or (held.reason in FATAL and since > self.cluster.start_patience):
                 error = PreflightError(f"{self.workload.name} cannot start: {held.sentence}")
                 return self._end(Ending(cause="user_error", reason=held.sentence, error=error))
         replicas = self.workload.replicas if self.training else 1

@@ -15,6 +15,8 @@ from typing import Any
 
 Json = Mapping[str, Any]
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
+# What somebody has to put right, although it may come right by itself if they do so soon.
+FATAL = (*PULL_REASONS, "CreateContainerConfigError", "MissingClaim")
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 # No number of repetitions helps these; what pulls or mounts may come right by itself.
 HOPELESS = ("InvalidImageName", "ErrImageNeverPull")
@@ -55,7 +57,9 @@ def waiting(pod: Json, events: Iterable[Json] = ()) -> Waiting | None:
         reason = condition.get("reason", "Unschedulable")
         if reason == "SchedulingGated":
             return Waiting(reason=reason, sentence="it is held by a scheduling gate; whoever set it has to lift it")
-        return Waiting(reason=reason, sentence=_unschedulable(pod, one_line(condition.get("message", ""))))
+        text = one_line(condition.get("message", ""))
+        reason = "MissingClaim" if re.search(r'persistentvolumeclaim "[^"]+" not found', text) else reason
+        return Waiting(reason=reason, sentence=_unschedulable(pod, text))
     for event in sorted(events, key=_time, reverse=True):
         if event.get("reason") in ("FailedMount", "FailedAttachVolume"):
             text = one_line(event.get("message", ""))

@@ -351,6 +351,20 @@ def test_an_image_that_cannot_be_pulled_is_a_preflight_error(kube: KubeFake, clu
         run.end()
 
 
+def test_a_claim_that_is_not_there_is_a_preflight_error(kube: KubeFake, cluster: Cluster) -> None:
+    def controllers(job: Json) -> None:
+        text = '0/3 nodes are available: persistentvolumeclaim "reprise" not found. preemption: not helpful.'
+        condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": text}
+        kube.pod_for(job, node="", phase="Pending", conditions=[condition])
+
+    kube.on_create[JOBS] = controllers
+    run = Background(cluster, step())
+    kube.wait(lambda: kube.count("DELETE", "jobs") == 1)
+    kube.remove(PODS, f"{NAME}-abcde")
+    with pytest.raises(PreflightError, match="create the claim reprise"):
+        run.end()
+
+
 def test_a_missing_right_prints_the_rule(kube: KubeFake, cluster: Cluster) -> None:
     said = 'jobs.batch is forbidden: User "u" cannot create resource "jobs" in API group "batch" in the namespace "ns"'
     kube.fail("POST", "/jobs", 403, message=said)
