@@ -95,10 +95,11 @@ def mlflow_launch(folder: Path, port: int, python: str = sys.executable) -> Laun
 
 
 def torchserve_launch(folder: Path, models: Path, ports: Mapping[str, int], python: str = sys.executable) -> Launch:
-    """A TorchServe with an empty list of models; they are registered over its management API."""
-    from deployments.torchserve_launch import TorchServePorts, torchserve_command
+    """A TorchServe that comes up with what the endpoints' records beside the model store have in service."""
+    from deployments.torchserve_launch import TorchServePorts, champions, torchserve_command
 
-    argv, env, cwd = torchserve_command(folder, models, TorchServePorts(**ports), python=python)
+    served = champions(models.parent / "endpoints")
+    argv, env, cwd = torchserve_command(folder, models, TorchServePorts(**ports), models=served, python=python)
     return argv, env, cwd
 
 

@@ -1,6 +1,6 @@
 """What a cluster looks like at one moment, as one JSON document that a preflight can judge anywhere.
 
-    snapshot = take(connect(), place)        # some forty requests, all at once
+    snapshot = take(connect(), place)        # some twenty requests, all at once
     snapshot.save(Path("snapshot.json"))     # reprise preflight --snapshot snapshot.json
 
 Only what is judged is kept: no environment and no secrets' contents, so that a snapshot can be shown to others. What
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from deployments.errors import ConfigError, StepError, Unreachable
+from deployments.errors import ConfigError, GiveUp, PreflightError, StepError, Unreachable
 from deployments.kube_api import ApiStatus
 from deployments.manifests import ClusterPlace
 from deployments.preflight_access import RIGHTS, Right
@@ -151,8 +151,7 @@ class _Taker:
         running = {"fieldSelector": "status.phase!=Succeeded,status.phase!=Failed"}
         yield self._version
         yield self._apis
-        for right in RIGHTS:
-            yield lambda right=right: self._may(right)  # type: ignore[misc]
+        yield self._rights
         yield lambda: self._list("nodes", "/api/v1/nodes")
         yield lambda: self._list("pods", "/api/v1/pods", running)
         yield lambda: self._one("namespaces", f"/api/v1{here}")
@@ -191,6 +190,25 @@ class _Taker:
         for version in ("kueue.x-k8s.io/v1beta2", "kueue.x-k8s.io/v1beta1"):
             if "localqueues" in self.apis.get(version, ()) and "localqueues" not in self.objects:
                 self._list("localqueues", f"/apis/{version}{here}/localqueues")
+
+    def _rights(self) -> None:
+        """One question for all rules of the namespace; one by one where the server cannot list them."""
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": self.place.namespace},
+        }
+        path = "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews"
+        status: Json = {"incomplete": True}
+        with contextlib.suppress(ApiStatus, PreflightError, GiveUp):
+            status = self.api.request("POST", path, body=body, patience=PATIENCE).get("status") or status
+        for right in RIGHTS:
+            if right.cluster_wide or status.get("incomplete"):  # rules do not tell how wide their binding is
+                self._may(right)
+                continue
+            allowed = any(_covers(rule, right) for rule in status.get("resourceRules") or ())
+            answer = {"allowed": allowed, "reason": ""}
+            self.access.append({"group": right.group, "resource": right.full, "verb": right.verb, **answer})
 
     def _may(self, right: Right) -> None:
         attributes = {"group": right.group, "resource": right.resource, "verb": right.verb}
@@ -263,6 +281,19 @@ class _Taker:
             path = f"/api/v1/namespaces/{self.place.namespace}/secrets/{urllib.parse.quote(name)}"
             if not self._one("secrets", path):
                 return
+
+
+def _covers(rule: Json, right: Right) -> bool:
+    """Whether a rule allows it; one that names single objects does not."""
+    if rule.get("resourceNames"):
+        return False
+    resources = rule.get("resources") or ()
+    anywhere = bool(right.subresource) and f"*/{right.subresource}" in resources
+    named = right.full in resources or "*" in resources or anywhere
+    return named and all(
+        "*" in (rule.get(key) or ()) or value in (rule.get(key) or ())
+        for key, value in (("apiGroups", right.group), ("verbs", right.verb))
+    )
 
 
 def _answer(status: Json) -> Json:

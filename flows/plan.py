@@ -27,6 +27,12 @@ VERSIONS = {
     "check_endpoint": "1",
 }
 STEPS = tuple(VERSIONS)
+ROLLOUT = {
+    "golden",
+    "soak",
+    "admission",
+    "canary_samples",
+}  # of [serve]: how a version gets into service, not what it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +89,8 @@ def make_plan(
             "splits": [pipeline.data.train, pipeline.data.heldout],
         },
         "register_model": {"gate": pipeline.gate.model_dump(), "name": pipeline.name},
-        "package_model": {"serve": pipeline.serve.model_dump(exclude={"golden", "soak"}), "handler": _handler_digest()},
-        "deploy_model": {"rollout": pipeline.serve.model_dump(include={"golden", "soak"})},
+        "package_model": {"serve": pipeline.serve.model_dump(exclude=ROLLOUT), "handler": _handler_digest()},
+        "deploy_model": {"rollout": pipeline.serve.model_dump(include=ROLLOUT)},
         "check_endpoint": {"check": pipeline.check.model_dump()},
     }
     last = store.read(f"pipelines/{pipeline.name}") or {}

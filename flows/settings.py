@@ -167,6 +167,8 @@ class ServeSettings(Section):
     queue: Count = 100
     golden: Count = 20  # held-out requests that the new version answers rightly before it gets traffic
     soak: Duration = 1.0  # how long both versions stand after the switch
+    admission: bool = True  # the same server on scratch ports takes the archive first; ten seconds, once per archive
+    canary_samples: CountOrZero = 0  # held-out samples on which the new and the served version are compared
 
     @field_validator("response_timeout")
     @classmethod

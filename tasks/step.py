@@ -96,4 +96,5 @@ if __name__ == "__main__":
     code = run_step(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the result is written: taking MLflow and matplotlib apart again would cost a second and give nothing
+    # The result is written: taking MLflow and matplotlib apart again would cost a second and give nothing.
+    os._exit(code)

@@ -37,7 +37,7 @@ def lines() -> Iterator[str]:
         others = sorted(p.name for p in (ROOT / package).iterdir() if p.is_file() and p.suffix != ".py")
         if others:
             yield f"  {', '.join(others)}"
-    yield f"{'tests/':<{WIDTH}}mirrors the packages; test_laptop.py is the laptop place end to end; bench_*.py are the benchmarks"
+    yield f"{'tests/':<{WIDTH}}mirrors the packages; test_laptop.py is the laptop end to end; bench_*.py benchmarks"
 
 
 def first_line(path: Path) -> str:

@@ -350,3 +350,55 @@ def test_rights_are_what_the_server_says(api: KubeApi, place: ClusterPlace) -> N
     assert snapshot.access and all(a["allowed"] for a in snapshot.access)  # an administrator's kubeconfig
     assert not snapshot.unreadable
     assert snapshot.clock_offset is not None and abs(snapshot.clock_offset) < 2
+
+
+def test_the_rights_of_a_limited_account_are_told_as_they_are(api: KubeApi, place: ClusterPlace) -> None:
+    """A real service account with a Role that lacks one verb; `take` runs with its token."""
+    here = f"/namespaces/{place.namespace}"
+    make(api, f"/api/v1{here}/serviceaccounts", {"kind": "ServiceAccount", "metadata": {"name": "flow"}})
+    rules = [
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
+        {
+            "apiGroups": ["kubeflow.org"],
+            "resources": ["pytorchjobs"],
+            "verbs": ["get", "list", "watch", "patch", "delete"],
+        },
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "delete"]},
+        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
+    ]
+    rbac = "/apis/rbac.authorization.k8s.io/v1"
+    make(api, f"{rbac}{here}/roles", {"kind": "Role", "metadata": {"name": "flow"}, "rules": rules})
+    binding = {
+        "kind": "RoleBinding",
+        "metadata": {"name": "flow"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "flow"},
+        "subjects": [{"kind": "ServiceAccount", "name": "flow", "namespace": place.namespace}],
+    }
+    make(api, f"{rbac}{here}/rolebindings", binding)
+    request = {"kind": "TokenRequest", "spec": {"expirationSeconds": 600}}
+    body = {"apiVersion": "authentication.k8s.io/v1", **request}
+    token = api.request("POST", f"/api/v1{here}/serviceaccounts/flow/token", body=body)["status"]["token"]
+    limited = connect()
+    configuration = limited.client.configuration
+    # The client renews its token by this hook; a fixed one takes its place.
+    configuration.refresh_api_key_hook = None
+    configuration.api_key = {"BearerToken": f"Bearer {token}", "authorization": f"Bearer {token}"}
+    try:
+        until = time.monotonic() + 20
+        while True:  # the authorizer sees a new binding a moment later
+            snapshot = take(limited, place)
+            if any(a["allowed"] for a in snapshot.access):
+                break
+            assert time.monotonic() < until
+            time.sleep(0.2)
+    finally:
+        limited.close()
+    assert [(a["resource"], a["verb"]) for a in snapshot.access if not a["allowed"]] == [
+        ("nodes", "get"),
+        ("pytorchjobs", "create"),
+    ]
+    assert {"nodes", "pods"} <= set(snapshot.unreadable)
+    found = [f for f in preflight(snapshot, [training()], place) if f.what == "rights"]
+    assert [(f.verdict, "create pytorchjobs" in f.found) for f in found] == [("FAIL", True), ("WARN", False)]
+    assert '"verbs": ["create"]' in found[0].fix

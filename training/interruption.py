@@ -5,7 +5,7 @@ once: it has nothing to lose. A Python handler does not run while a collective b
 a wake-up pipe by a thread. That thread is the watchdog too: when the training has not left `leave_within` seconds after
 the notice (a peer is gone, a store hangs), the process leaves with 143 and without a save.
 A rank's end is written to a small status file, which the wrapper reads: torchrun's own exit code tells nothing.
-Not covered: agreement between ranks (it rides on the gradients: training/reduction.py), exit codes (training/launch.py).
+Not covered: agreement between ranks (it rides on the gradients: training/reduction.py), exit codes (launch.py).
 """
 
 from __future__ import annotations
