@@ -22,7 +22,12 @@ def step_workload(run: Run, name: str, request: Any) -> Workload:
         image="step",
         command=("python", "-m", "tasks.step", name, "{request}", "{result}"),
         request=asdict(request),
-        labels={"run": run.id, "pipeline": run.plan.pipeline.name, "step": name},
+        labels={
+            "run": run.id,
+            "pipeline": run.plan.pipeline.name,
+            "step": name,
+            "key": run.plan.steps[name].key[:12],
+        },
     )
 
 

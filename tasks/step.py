@@ -22,6 +22,7 @@ from typing import Any
 
 from deployments.errors import GiveUp, StepError, TryAgain
 
+TERMINATION_MESSAGE_BYTES = 4096  # what a kubelet keeps
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 STEPS = ("pull_data", "register_model", "package_model", "deploy_model", "check_endpoint", "write_report")
 
@@ -87,7 +88,15 @@ def run_step(name: str, request_path: Path, result_path: Path) -> int:
         code = 1
     document["seconds"] = round(time.time() - began, 3)
     write_json(result_path, document)
+    _tell_kubelet(document)
     return code
+
+
+def _tell_kubelet(document: dict[str, Any]) -> None:
+    """In a pod a short result is the termination message too: it is read where the state volume is not mounted."""
+    path, text = os.environ.get("REPRISE_TERMINATION_LOG"), json.dumps(document)
+    if path and len(text.encode()) <= TERMINATION_MESSAGE_BYTES:
+        Path(path).write_text(text)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,18 @@ def test_a_wrong_request_names_the_field(tmp_path: Path, request_: object, messa
     assert message in str(document["error"])
 
 
+@pytest.mark.parametrize(("name", "told"), [("a", True), ("a" * 5000, False)])
+def test_in_a_pod_a_short_result_is_the_termination_message(
+    tmp_path: Path, name: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "termination-log"
+    monkeypatch.setenv("REPRISE_TERMINATION_LOG", str(log))
+    _, document = run(tmp_path, {"name": name})
+    assert log.exists() == told
+    if told:
+        assert json.loads(log.read_text()) == document
+
+
 def test_an_unknown_step_names_the_known_ones(tmp_path: Path) -> None:
     code, document = run(tmp_path, {}, name="os")
     assert code == 1
