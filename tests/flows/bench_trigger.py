@@ -67,7 +67,7 @@ def measure(project: Project, receiver: Receiver, number: int) -> dict[str, Any]
     launched = document["attempts"][0]["started"]
     stepped = first_step(project.store / "trainings" / key / "progress.jsonl")
     times = [pushed, answered, states["Scheduled"], states["Pending"], states["Running"], launched, stepped]
-    parts = {name: later - earlier for name, earlier, later in zip(PARTS, times, times[1:], strict=True)}
+    parts = {name: later - earlier for name, earlier, later in zip(PARTS, times[:-1], times[1:], strict=True)}
     return {**parts, "whole": stepped - pushed, "bare": bare(project, key)}
 
 
