@@ -118,7 +118,7 @@ def take(api: Reader, place: ClusterPlace, *, probes: Mapping[str, Json] | None 
     `probes`: what deployments.probes and the DVC settings say, see preflight_services.
     """
     taker = _Taker(api, place)
-    with ThreadPoolExecutor(max_workers=16, thread_name_prefix="snapshot") as pool:
+    with ThreadPoolExecutor(max_workers=8, thread_name_prefix="snapshot") as pool:
         waiting = [pool.submit(look) for look in taker.looks()]
         for future in waiting:
             future.result()
