@@ -104,7 +104,7 @@ def main() -> None:
         project.command("down")
         shutil.rmtree(root, ignore_errors=True)
     medians = {name: statistics.median(row[name] for row in found) for name in found[0]}
-    print(f"medians of {rounds} pushes, seconds")
+    print(f"medians of {rounds} pushes after one to warm up, seconds")
     for name, seconds in medians.items():
         print(f"  {name:<38} {seconds:7.2f}")
     overhead = statistics.median(row["whole"] - row["bare"] for row in found)
