@@ -42,6 +42,11 @@ class Laptop:
         create_project(example, folder)
         ports = "\n".join(f"{name} = {port + n}" for n, name in enumerate(NAMES))
         (folder / "laptop.toml").write_text(f'[place]\nkind = "laptop"\n\n[ports]\n{ports}\n')
+        # The admission test has its own test below; here it would cost ten seconds a deployment.
+        pipeline = folder / "pipeline.toml"
+        pipeline.write_text(pipeline.read_text().replace("[serve]\n", "[serve]\nadmission = false\n"))
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+        subprocess.run(["git", *identity, "commit", "-qam", "no admission test"], cwd=folder, check=True)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "flows", *arguments]
@@ -169,7 +174,7 @@ def test_the_same_again_reuses_every_step(digits: Laptop) -> None:
 
 
 def test_serving_settings_retrain_nothing(digits: Laptop) -> None:
-    document = digits.run("--set", "serve.batch_size=4")
+    document = digits.run("--set", "serve.batch_size=4", "--set", "serve.admission=true")
     assert {s["name"]: s["reused"] for s in document["steps"]} == {
         "pull_data": True, "train_model": True, "register_model": True,
         "package_model": False, "deploy_model": False, "check_endpoint": False,
@@ -283,6 +288,44 @@ def test_a_model_that_is_not_good_enough_is_refused(digits: Laptop) -> None:
     assert document["status"] == "refused"
     assert "0.9999" in document["message"]
     assert digits.champion("digits") == before
+
+
+def test_two_trainings_at_once_give_two_versions_and_one_winner(digits: Laptop) -> None:
+    versions = digits.versions()
+    seeds = ("501", "501", "502")
+    running = [digits.start("run", "--json", "--set", f"train.seed={s}", "--set", "gate.tolerance=1") for s in seeds]
+    ended = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], ended
+    documents = [json.loads(out) for out, _ in ended]
+    assert documents[0]["model_version"] == documents[1]["model_version"] != documents[2]["model_version"]
+    assert len(digits.versions()) == len(versions) + 2
+    assert digits.champion("digits") in {d["model_version"] for d in documents}
+    digits.command("audit")
+
+
+def test_a_gate_may_require_the_proof_that_interruptions_change_nothing(digits: Laptop) -> None:
+    small = (
+        "--set",
+        "train.seed=600",
+        "--set",
+        "train.epochs=3",
+        "--set",
+        "gate.minimum=0.1",
+        "--set",
+        "gate.tolerance=1",
+    )
+    required = (*small, "--set", "gate.require_resume_certificate=true")
+    digits.command("run", *required, code=4)
+    assert "there is no certificate" in digits.show()["message"]
+    certificate = json.loads(digits.command("verify-resume", "--json", "--kills", "2", "--seed", "3", *small))
+    assert certificate["equal"]
+    assert certificate["kills"] == 2
+    document = digits.run(*required)
+    assert document["status"] == "succeeded"
+    trace = json.loads(digits.command("trace", document["model_version"], "--json"))
+    assert trace["data_digest"] == document["data_digest"]
+    assert trace["git_sha"] == document["git_sha"]
+    assert trace["gaps"] == []
 
 
 def test_rollback_puts_the_version_before_back(digits: Laptop) -> None:
