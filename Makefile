@@ -22,7 +22,7 @@ layers: .venv/.installed
 	$(BIN)/lint-imports
 
 unit: .venv/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 e2e: .venv/.installed
 	$(BIN)/pytest -m e2e
