@@ -144,7 +144,7 @@ class GateSettings(Section):
     """[gate]: what a trained model has to reach before it may be served."""
 
     metric: str = "accuracy"
-    minimum: Finite = 0.0  # a maximum when higher_is_better is false
+    minimum: Finite | None = None  # a maximum when higher_is_better is false; left out: no bound
     higher_is_better: bool = True
     tolerance: NotNegative = 0.0  # how much worse than the champion is still fine
     require_resume_certificate: bool = False

@@ -236,12 +236,14 @@ def _close_attempt(attempt: Attempt, outcome: Outcome, spec: TrainSpec) -> Attem
     reached = [int(e["step"]) for e in lines if "step" in e]
     resumed = [int(e["step"]) for e in lines if e.get("event") == "resumed"]
     saved = [float(e["time"]) for e in lines if e.get("event") == "saved"]
+    restarts = sum(e.get("event") == "restarted" for e in lines)
+    again = f"; workers started again {restarts} times within it" if restarts else ""
     from_step = resumed[0] if resumed else attempt.from_step
     return replace(
         attempt,
         ended=outcome.ended,
         cause=outcome.cause,
-        reason=_why(outcome),
+        reason=_why(outcome) + again,
         exit_code=outcome.exit_code,
         from_step=from_step,
         to_step=max([from_step, *committed]),
