@@ -12,6 +12,7 @@ import ctypes
 import os
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from training.checkpoint import Checkpointer
 
 
-class Way:
+class Way(ABC):
     """One way to save; `folder` is its own. Subclasses override what they do differently."""
 
     name = ""
@@ -40,8 +41,9 @@ class Way:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
 
+    @abstractmethod
     def save(self, step: int) -> None:
-        raise NotImplementedError
+        """Begin or make a checkpoint of this step."""
 
     def before_update(self) -> None:
         """Wait until the optimizer may change the state."""
