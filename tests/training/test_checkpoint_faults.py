@@ -123,6 +123,7 @@ def kill_at_random_points(zygote: Zygote, folder: Path, kills: int, seed: int) -
             if word == "committed":
                 saves, committed = saves - 1, max(committed, value)
         assert resumed >= before, "an older step was resumed than was committed"
+        committed = max(committed, resumed)  # the last kill may have fallen before the announcement of its commit
         time.sleep(rng.random() * 0.02)
         os.kill(child, signal.SIGKILL)
         while (found := zygote.words())[0] != "ended":
