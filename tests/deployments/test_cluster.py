@@ -637,10 +637,11 @@ def test_a_guard_tells_its_warnings_and_leaves_alone_what_is_there(
 
     monkeypatch.setattr("deployments.preflight.guard", warns)
     kube.on_create[JOBS] = lambda job: succeed(kube, job, document={"ok": True})
-    place, lines = guarded(kube, tmp_path), []  # type: tuple[Cluster, list[str]]
+    lines: list[str] = []
+    place = guarded(kube, tmp_path)
     try:
         assert place.run(step(), on_line=lines.append).cause == "complete"
-        assert "preflight: image: a tag; name the digest" in lines
+        assert "cluster: preflight: image: a tag; name the digest" in lines
         assert place.run(step()).adopted
         assert asked == [NAME]
     finally:
