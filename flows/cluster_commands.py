@@ -74,7 +74,7 @@ def show_render(order: Order, *, step: str = "") -> None:
 
 
 def show_gpu_use(order: Order, *, prometheus: str = "", minutes: float = 60.0, as_json: bool) -> None:
-    """`reprise gpu`: use by run in the last minutes. Raises ConfigError without a Prometheus, Unreachable if it is off."""
+    """`reprise gpu`: use by run. Raises ConfigError without a Prometheus, Unreachable if it does not answer."""
     from flows.gpu_use import Prometheus, gpu_uses, runs_of_pods, show_gpu
     from tasks.train_model import progress_of
 

@@ -40,8 +40,10 @@ def test_every_key_reaches_the_place(tmp_path: Path) -> None:
         '[place]\nkind = "cluster"\nnamespace = "ml"\npriority_class = "low"\nqueue = "q"\nservice_account = "sa"\n'
         'keep_finished = "1h"\ncontext = "prod"\n[state]\nclaim = "vol"\nmount = "/vol/"\n'
         '[images]\nstep = "s"\ntrain = "t"\nserve = "v"\npull_secrets = ["registry"]\npull_policy = "Always"\n'
-        '[services]\nmlflow = "https://mlflow.example/"\n[environment]\nsecrets = ["s3"]\nvalues = { AWS_REGION = "x" }\n'
-        '[nodes]\nspot = { a = "b" }\non_demand = {}\ngpu = { gpu = "h100" }\ngpu_taint = "gpu"\nnccl_interface = "eth0"\n'
+        '[services]\nmlflow = "https://mlflow.example/"\n[environment]\nsecrets = ["s3"]\n'
+        'values = { AWS_REGION = "x" }\n'
+        '[nodes]\nspot = { a = "b" }\non_demand = {}\ngpu = { gpu = "h100" }\ngpu_taint = "gpu"\n'
+        'nccl_interface = "eth0"\n'
         'lost_after = "2m"\ntolerations = [{ key = "team", operator = "Equal", value = "ml" }]\n'
         '[resources.train_model]\ncpus = 2\ngpus = 1\ngpu_resource = "nvidia.com/mig-1g.10gb"\nshm = "1Gi"\n'
     )
