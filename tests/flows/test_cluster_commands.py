@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.preflight import preflight
+from deployments.snapshot import Snapshot
 from flows.__main__ import main
+from flows.cluster_settings import load_cluster
 from flows.example import create_project
 from tasks.records import Store
 from training.spec import TrainSpec
@@ -233,6 +236,15 @@ def test_one_step_is_a_part_of_the_whole(project: Path, capsys: pytest.CaptureFi
     assert list(yaml.safe_load_all(rendered(capsys, "--step", "deploy_model"))) == whole[4:7]
 
 
+def test_the_sound_cluster_takes_what_is_rendered(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objects = [o for o in yaml.safe_load_all(rendered(capsys)) if o["kind"] in ("Job", "PyTorchJob")]
+    place = load_cluster("cluster", tmp_path).cluster_place()
+    assert [f for f in preflight(Snapshot.read(SOUND), objects, place) if f.verdict == "FAIL"] == []
+    assert any(f.verdict == "FAIL" for f in preflight(Snapshot.read(broken(tmp_path)), objects, place))
+
+
 def test_no_image_to_serve_with_is_told(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[place]\nkind = "cluster"\n[images]\nstep = "s"\ntrain = "t"\n')
@@ -276,10 +288,9 @@ def with_a_run(root: Path, *, ended: float | None) -> None:
     store.write("runs/digits-7", document)
     folder = root / "trainings" / key
     folder.mkdir(parents=True)
-    lines = [{"step": n, "time": now - 3000 + n, "data_seconds": 0.8} for n in range(1, 2900, 10)]
+    lines: list[Json] = [{"step": n, "time": now - 3000 + n, "data_seconds": 8.0} for n in range(1, 2900, 10)]
     lines += [{"event": "checkpoint", "stall": 0.1, "time": now - 100}]
-    spread = "".join(json.dumps({**line, "data_seconds": 8.0} if "step" in line else line) + "\n" for line in lines)
-    (folder / "progress.jsonl").write_text(spread)
+    (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_gpu_tells_run_alert_and_reason(
