@@ -53,17 +53,20 @@ class Cluster:
         patience: float = PATIENCE,
         start_patience: float = 300.0,
         lost_node_seconds: float = 300.0,
+        guard: bool = False,
     ) -> None:
         """Nothing is asked of the cluster yet.
 
         `state`: where this process sees the state volume (default: its mount path, if that is a folder here).
         Seconds: `patience` for an API server that is away, `start_patience` for an image that cannot be pulled,
-        `lost_node_seconds` until a pod on a node that does not answer is given up.
+        `lost_node_seconds` until a pod on a node that does not answer is given up. `guard`: look at the cluster before
+        an object is made, and refuse one that could never run; some twenty requests each time.
         """
         self.settings = settings
         mount = Path(settings.state_mount)
         self.state = state or (mount if mount.is_dir() else None)
         self.start_patience, self.lost_node_seconds = start_patience, lost_node_seconds
+        self.guard = guard
         self._api = api
         self._connect = functools.partial(connect, kubeconfig=kubeconfig, context=context, patience=patience)
         self._lock = threading.Lock()

@@ -110,6 +110,7 @@ class ClusterRun:
         return max(0.05, min([LOOK_SECONDS, *due, 0.5 if watched else LOOK_SECONDS]))
 
     def _create_or_adopt(self) -> None:
+        self._guard()
         creation = Creation(self.cluster, self.workload, self.wanted, self.objects, self.event, self.feed.say)
         item, self.adopted = creation.create_or_adopt(self._left_over)
         self.uid = uid_of(item)
@@ -118,6 +119,15 @@ class ClusterRun:
         asked = stamp(item["metadata"].get("creationTimestamp")) or time.time()
         self.created = asked if self.adopted else time.time()
         self.objects.put(item)
+
+    def _guard(self) -> None:
+        """Refuse what could never run before it is made; what is there already is past that. Raises PreflightError."""
+        if not self.cluster.guard or self.api.find(self.path) is not None:
+            return
+        from deployments.preflight import guard  # heavier than the rest, and off by default
+
+        for finding in guard(self.api, self.workload, self.cluster.settings):
+            self.feed.say(f"preflight: {finding.what}: {finding.found}; {finding.fix}")
 
     def _left_over(self) -> bool:
         """Whether pods run whose object is gone: the garbage collector is about to end them."""

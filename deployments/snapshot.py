@@ -84,8 +84,11 @@ class Snapshot:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
     def save(self, path: Path) -> None:
-        """Write it to a file."""
-        path.write_text(self.to_json() + "\n")
+        """Write it to a file. Raises ConfigError if that cannot be written."""
+        try:
+            path.write_text(self.to_json() + "\n")
+        except OSError as error:
+            raise ConfigError(f"--save {path}: {error.strerror}; expected a file that can be written") from None
 
     @classmethod
     def from_json(cls, text: str, where: str = "snapshot") -> Snapshot:

@@ -26,6 +26,8 @@ Pipeline = Annotated[
     str, Parameter(name=["--pipeline", "-p"], help="The pipeline.toml; default: here, above, or demo/.")
 ]
 Place = Annotated[str, Parameter(help="Where to run: laptop, or a .toml file.")]
+ClusterName = Annotated[str, Parameter(name="--place", help="Which cluster: cluster, or a .toml file.")]
+Snapshot = Annotated[str, Parameter(help="A cluster's state from this file, not from the cluster.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="For machines.")]
 Rev = Annotated[str, Parameter(help="Git revision to train at: code, data pointer and parameters.")]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", negative="", help="Change a setting: train.epochs=3")]
@@ -227,12 +229,63 @@ def tune_serving(
 
 
 @app.command
-def doctor(*, pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
-    """What is missing here, and the command that mends it."""
-    from flows.commands import show_findings
+def doctor(*, snapshot: Snapshot = "", pipeline: Pipeline = "", place: Place = "laptop", json: Json = False) -> None:
+    """What is missing here, or on a cluster, and the command that mends it."""
+    from flows.cluster_commands import examine_place
     from flows.start import Order
 
-    show_findings(Order(pipeline=pipeline, place=place), as_json=json)
+    examine_place(Order(pipeline=pipeline, place=place), snapshot=snapshot, as_json=json)
+
+
+@app.command
+def preflight(
+    *,
+    snapshot: Snapshot = "",
+    save: Annotated[str, Parameter(help="Keep what was seen in this file.")] = "",
+    pipeline: Pipeline = "",
+    rev: Rev = "HEAD",
+    set: Set = (),
+    place: ClusterName = "cluster",
+    json: Json = False,
+) -> None:
+    """Whether a run would work on the cluster, row by row; nothing is created."""
+    from flows.cluster_commands import show_cluster_preflight
+    from flows.start import Order
+
+    order = Order(pipeline=pipeline, rev=rev, overrides=set, place=place)
+    show_cluster_preflight(order, snapshot=snapshot, save=save, as_json=json)
+
+
+@app.command
+def render(
+    *,
+    step: Annotated[str, Parameter(help="Only this step's objects.")] = "",
+    pipeline: Pipeline = "",
+    rev: Rev = "HEAD",
+    set: Set = (),
+    place: ClusterName = "cluster",
+) -> None:
+    """Print the Kubernetes objects that a run would create, for kubectl."""
+    from flows.cluster_commands import show_render
+    from flows.start import Order
+
+    show_render(Order(pipeline=pipeline, rev=rev, overrides=set, place=place), step=step)
+
+
+@app.command
+def gpu(
+    *,
+    prometheus: Annotated[str, Parameter(help="Its URL; default: PROMETHEUS_URL.")] = "",
+    minutes: Annotated[float, Parameter(help="How far back.")] = 60.0,
+    pipeline: Pipeline = "",
+    place: Place = "laptop",
+    json: Json = False,
+) -> None:
+    """How well runs use their GPUs, and the likely reason where they do not."""
+    from flows.cluster_commands import show_gpu_use
+    from flows.start import Order
+
+    show_gpu_use(Order(pipeline=pipeline, place=place), prometheus=prometheus, minutes=minutes, as_json=json)
 
 
 @app.command

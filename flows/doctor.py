@@ -3,7 +3,7 @@
     reprise doctor [--json]
 
 Rows are OK, WARN or FAIL; a FAIL gives exit code 3. Prefect's server is asked, not only imported, when it runs.
-Not covered: a cluster (its preflight is `reprise doctor --place cluster`, not built yet).
+Not covered: a cluster (`reprise doctor --place cluster` is its preflight: flows.cluster_commands).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Where pipelines run: laptop.toml, frozen and checked once. `load_place` is all that others call.
 
-Not covered: what runs (flows.settings), the place itself (deployments.laptop).
+A cluster's file is found and read here too and refused with what works on one. Not covered: what runs (flows.settings),
+the keys of cluster.toml (flows.cluster_settings), the place itself (deployments.laptop).
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from deployments.errors import ConfigError
 from flows.quantities import Interruption, parse_interruption
 from flows.setting_types import CountOrZero, Duration, Memory, OptionalMemory, Port, Section, as_tuple
-from flows.settings_errors import check, did_you_mean, read_file, read_toml
+from flows.settings_errors import SettingsText, check, did_you_mean, read_file, read_toml
 
+NO_CLUSTER = (
+    "a cluster can be looked at and not run on yet; what works with it today: `reprise preflight`, `reprise render`, "
+    "`reprise gpu`, `reprise doctor`; run, plan, up, deploy, rollback and all others need --place laptop"
+)
+KINDS = ("laptop", "cluster")
 PLACES = Path(__file__).resolve().parent.parent / "deployments"  # the places shipped with Reprise
 
 
@@ -70,7 +76,7 @@ class ResourceSettings(Section):
 class PlaceSection(Section):
     """[place]"""
 
-    kind: Literal["laptop"]
+    kind: Literal["laptop"]  # a cluster has other keys: flows.cluster_settings
     state: Annotated[str, Field(min_length=1)] = ".reprise"  # folder for services, jobs, store, cache and data
 
 
@@ -93,10 +99,27 @@ class PlaceSettings(Section):
 
 
 def load_place(place: Path | str, folder: Path) -> PlaceSettings:
-    """Check the settings of a place: its name ("laptop": `folder`/laptop.toml, else the shipped one) or a file.
+    """Check the settings of a laptop: its name ("laptop": `folder`/laptop.toml, else the shipped one) or a file.
 
-    `folder` is the project folder: a relative `state` is below it. Raises ConfigError with all mistakes, a line each.
+    `folder` is the project folder: a relative `state` is below it. Raises ConfigError with all mistakes, a line each,
+    and for a cluster, on which no command of a laptop works yet.
     """
+    path, read = read_place(place, folder)
+    if kind_of(read) == "cluster":
+        raise read.refusal(("place", "kind"), NO_CLUSTER)
+    checked = check(_PlaceFile, read)
+    return PlaceSettings(
+        kind="laptop",
+        state=folder.absolute() / checked.place.state,
+        ports=checked.ports,
+        spot=checked.spot,
+        resources=checked.resources,
+        file=path.absolute(),
+    )
+
+
+def read_place(place: Path | str, folder: Path) -> tuple[Path, SettingsText]:
+    """The file of a place, parsed and not checked: a name (`folder`/NAME.toml, else the shipped one) or a file."""
     path = Path(place)
     if path.suffix != ".toml":
         known = sorted({p.stem for p in PLACES.glob("*.toml")})
@@ -106,15 +129,14 @@ def load_place(place: Path | str, folder: Path) -> PlaceSettings:
                 f"place {str(place)!r} is not known{did_you_mean(str(place), known)}; "
                 f"expected one of: {', '.join(known)}, or a .toml file"
             )
-    checked = check(
-        _PlaceFile,
-        read_toml(read_file(path, str(path), what="a place file"), str(path), (), example='[place]\nkind = "laptop"'),
-    )
-    return PlaceSettings(
-        kind=checked.place.kind,
-        state=folder.absolute() / checked.place.state,
-        ports=checked.ports,
-        spot=checked.spot,
-        resources=checked.resources,
-        file=path.absolute(),
-    )
+    text = read_file(path, str(path), what="a place file")
+    return path, read_toml(text, str(path), (), example='[place]\nkind = "laptop"')
+
+
+def kind_of(read: SettingsText) -> str:
+    """The kind of place that a file says it is; "" if it says none. Raises ConfigError for a word that is no kind."""
+    place = read.raw.get("place")
+    kind = place.get("kind") if isinstance(place, dict) else None
+    if isinstance(kind, str) and kind not in KINDS:
+        raise read.refusal(("place", "kind"), f'expected "laptop" or "cluster"{did_you_mean(kind, KINDS)}')
+    return kind if isinstance(kind, str) else ""

@@ -65,16 +65,17 @@ class Plan:
         return all(s.reused for s in self.steps.values())
 
 
-def make_plan(
-    pipeline: PipelineSettings,
-    place: PlaceSettings,
-    project: Project,
-    store: Store,
-    git_sha: str,
-    *,
-    management_url: str,
-) -> Plan:
-    """Compute every step key and look up what is done. Raises the errors of `Project` for data and code."""
+@dataclass(frozen=True, kw_only=True)
+class StepKeys:
+    """What a commit, its data and its settings make of every step."""
+
+    data: DataPointer
+    code_digest: str
+    steps: dict[str, tuple[str, dict[str, Any]]]  # step -> its key and the inputs that it is made of
+
+
+def step_keys(pipeline: PipelineSettings, project: Project, git_sha: str) -> StepKeys:
+    """From git alone: what is done does not matter. Raises the errors of `Project` for data and code."""
     with pipeline.blaming("data", "path"):
         data_path = project.in_repo(pipeline.data.path)
         data = project.data_pointer(git_sha, data_path)
@@ -93,12 +94,30 @@ def make_plan(
         "deploy_model": {"rollout": pipeline.serve.model_dump(include=ROLLOUT)},
         "check_endpoint": {"check": pipeline.check.model_dump()},
     }
+    steps: dict[str, tuple[str, dict[str, Any]]] = {}
+    above: dict[str, Any] = {}
+    for name in STEPS:
+        own = {**inputs[name], **above}
+        key = step_key(name, VERSIONS[name], own)
+        steps[name], above = (key, own), {name: key}
+    return StepKeys(data=data, code_digest=code, steps=steps)
+
+
+def make_plan(
+    pipeline: PipelineSettings,
+    place: PlaceSettings,
+    project: Project,
+    store: Store,
+    git_sha: str,
+    *,
+    management_url: str,
+) -> Plan:
+    """Compute every step key and look up what is done. Raises the errors of `Project` for data and code."""
+    keys = step_keys(pipeline, project, git_sha)
     last = store.read(f"pipelines/{pipeline.name}") or {}
     steps: dict[str, PlannedStep] = {}
     upstream: PlannedStep | None = None
-    for name in STEPS:
-        own = {**inputs[name], **({upstream.name: upstream.key} if upstream else {})}
-        key = step_key(name, VERSIONS[name], own)
+    for name, (key, own) in keys.steps.items():
         record = store.step(key)
         missing = _effect_missing(name, record, pipeline, store, management_url) if record else ""
         reused = record is not None and not missing and (upstream is None or upstream.reused or name == "train_model")
@@ -111,8 +130,8 @@ def make_plan(
         place=place,
         project=project.folder,
         git_sha=git_sha,
-        data=data,
-        code_digest=code,
+        data=keys.data,
+        code_digest=keys.code_digest,
         steps=_needless_pull(steps),
     )
 

@@ -13,6 +13,7 @@ from deployments.workload import Resources
 from flows.plan import code_files
 from flows.project import Project
 from flows.run import Run
+from flows.settings import PipelineSettings
 from tasks.check_endpoint import CheckRequest
 from tasks.deploy_model import DeployRequest, Endpoint
 from tasks.package_model import PackagedModel, PackageRequest
@@ -40,18 +41,41 @@ def pull(run: Run) -> PullRequest:
 
 
 def train_spec(run: Run, data: PulledData) -> TrainSpec:
-    """What decides the weights: the data, the code of the run's commit, [train]; and where things are."""
-    plan, settings = run.plan, run.plan.pipeline.train
-    key = plan.steps["train_model"].key
-    folder = run.store.path / "trainings" / key
+    """The spec of a run's training, its code exported."""
+    plan = run.plan
+    return spec_of(
+        plan.pipeline,
+        key=plan.steps["train_model"].key,
+        store=run.store.path,
+        code=exported_code(run),
+        code_digest=plan.code_digest,
+        data=data.folder,
+        data_digest=plan.data.digest,
+        mlflow_uri=run.urls["mlflow"],
+    )
+
+
+def spec_of(
+    pipeline: PipelineSettings,
+    *,
+    key: str,
+    store: Path,
+    code: Path,
+    code_digest: str,
+    data: str,
+    data_digest: str,
+    mlflow_uri: str,
+) -> TrainSpec:
+    """Pure: what decides the weights (the data, the code of the run's commit, [train]), and where things are."""
+    settings, folder = pipeline.train, store / "trainings" / key
     policy = settings.checkpoint
     return TrainSpec(
         key=key,
-        pipeline=plan.pipeline.name,
-        module=str(exported_code(run) / plan.pipeline.model.module),
-        data=data.folder,
-        train_split=plan.pipeline.data.train,
-        heldout_split=plan.pipeline.data.heldout,
+        pipeline=pipeline.name,
+        module=str(code / pipeline.model.module),
+        data=data,
+        train_split=pipeline.data.train,
+        heldout_split=pipeline.data.heldout,
         checkpoints=f"file://{folder / 'checkpoints'}",
         output=str(folder / "output"),
         epochs=settings.epochs,
@@ -72,10 +96,10 @@ def train_spec(run: Run, data: PulledData) -> TrainSpec:
             mtbf_seconds=policy.mtbf,
             notice_seconds=policy.notice,
         ),
-        samples=plan.pipeline.check.samples,
-        code_digest=plan.code_digest,
-        data_digest=plan.data.digest,
-        mlflow_uri=run.urls["mlflow"],
+        samples=pipeline.check.samples,
+        code_digest=code_digest,
+        data_digest=data_digest,
+        mlflow_uri=mlflow_uri,
         progress=str(folder / "progress.jsonl"),
     )
 

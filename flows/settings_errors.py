@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -68,6 +68,10 @@ class SettingsText:
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 1)
         top = len(path) == 1 and found is not _MISSING and not isinstance(found, Mapping)
         return (line, f"{self.name}:{line}: {path[0] if top else _dotted(path)}{value}: {expected}")
+
+    def refusal(self, path: KeyPath, expected: str) -> ConfigError:
+        """One mistake as the error to raise."""
+        return ConfigError(self.say(path, expected)[1])
 
 
 def read_file(path: Path, name: str, *, what: str) -> str:
@@ -183,10 +187,15 @@ def _unknown(model: type[BaseModel], path: KeyPath, *, section: bool) -> str:
 
 def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     for part in path:
-        found = model.model_fields.get(str(part))
-        if found is None or not (isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel)):
+        if isinstance(part, int):
+            continue  # an element has the model of its list
+        found = model.model_fields.get(part)
+        inner = found.annotation if found else None
+        if get_origin(inner) is tuple:
+            inner = get_args(inner)[0]
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return None
-        model = found.annotation
+        model = inner
     return model
 
 

@@ -72,20 +72,25 @@ def run_name() -> str:
     return str(runtime.flow_run.name or "retrain")
 
 
-def where(order: Order) -> tuple[Path, PlaceSettings, Store]:
-    """The pipeline file, the place and the store of an order. Raises ConfigError."""
+def pipeline_file(order: Order) -> Path:
+    """The pipeline file of an order. Raises ConfigError if there is none."""
     file = Path(order.pipeline).absolute() if order.pipeline else find_pipeline(Path.cwd())
     if not file.is_file():
         raise ConfigError(
             f"--pipeline {order.pipeline}: no such file; expected a pipeline.toml (`reprise demo` makes one)"
         )
+    return file
+
+
+def where(order: Order) -> tuple[Path, PlaceSettings, Store]:
+    """The pipeline file, the place and the store of an order. Raises ConfigError."""
+    file = pipeline_file(order)
     place = load_place(order.place, file.parent)
     return file, place, Store(root=str(place.state / "store"))
 
 
-def prepare(order: Order) -> Prepared:
-    """Read the pipeline at the revision and the place. Raises ConfigError or PreflightError."""
-    file, place, store = where(order)
+def at_revision(order: Order, file: Path) -> tuple[Project, PipelineSettings, str]:
+    """The project, the pipeline as its file is at the order's revision, and that commit. Raises ConfigError."""
     project = Project(file.parent)
     sha = project.resolve(order.rev)
     text = project.read_text(sha, project.in_repo(file.name))
@@ -93,6 +98,13 @@ def prepare(order: Order) -> Prepared:
     module = pipeline.model.module
     with pipeline.blaming("model", "module"):
         check_module(project.read_text(sha, project.in_repo(module)), f"{module}@{sha[:7]}")
+    return project, pipeline, sha
+
+
+def prepare(order: Order) -> Prepared:
+    """Read the pipeline at the revision and the place. Raises ConfigError or PreflightError."""
+    file, place, store = where(order)
+    project, pipeline, sha = at_revision(order, file)
     return Prepared(
         order=order, project=project, pipeline=pipeline, place=place, store=store, urls=service_urls(place), git_sha=sha
     )

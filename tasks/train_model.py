@@ -95,7 +95,7 @@ def train_model(
             store.write_attempts(spec.key, attempts)
             if on_attempts:
                 on_attempts(attempts)
-            outcome = runner.run(_workload(request, replace(spec, attempt=attempts[-1].number)), on_line=on_line)
+            outcome = runner.run(attempt_workload(request, replace(spec, attempt=attempts[-1].number)), on_line=on_line)
             attempts = [*attempts[:-1], _close_attempt(attempts[-1], outcome, spec)]
             store.write_attempts(spec.key, attempts)
             if on_attempts:
@@ -213,7 +213,8 @@ def _open_attempt(attempts: list[Attempt], request: TrainRequest) -> list[Attemp
     return [*attempts, row]
 
 
-def _workload(request: TrainRequest, spec: TrainSpec) -> Workload:
+def attempt_workload(request: TrainRequest, spec: TrainSpec) -> Workload:
+    """One attempt of a training, as a place runs it."""
     return Workload(
         name=f"train-{spec.key[:12]}-{spec.attempt}",
         image="train",

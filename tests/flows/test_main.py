@@ -115,6 +115,7 @@ def test_a_remote_that_does_not_verify_is_a_failed_preflight(project: Path, caps
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     commands = ("demo", "up", "down", "run", "plan", "runs", "show", "logs", "resume", "cancel", "rollback", "doctor")
+    commands += ("preflight", "render", "gpu")
     assert reprise("--help") == 0
     overview = capsys.readouterr().out
     for command in commands:

@@ -1,4 +1,4 @@
-"""laptop.toml: the shipped one, a project's own one, and what is refused in it."""
+"""laptop.toml: the shipped one, a project's own one, what is refused in it; and a cluster where a laptop is needed."""
 
 from __future__ import annotations
 
@@ -62,3 +62,34 @@ def test_unknown_place(tmp_path: Path) -> None:
         load_place("laptpo", tmp_path)
     with pytest.raises(ConfigError, match="no such file; expected a place file"):
         load_place("x.toml", tmp_path)
+
+
+def test_both_shipped_places_are_known(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'did you mean "cluster"\?; expected one of: cluster, laptop, or'):
+        load_place("clustr", tmp_path)
+
+
+def test_a_cluster_is_refused_where_a_laptop_is_needed_with_what_works(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_place("cluster", tmp_path)
+    message = str(caught.value)
+    assert re.search(r'cluster\.toml:\d+: \[place\] kind = "cluster": a cluster can be looked at', message)
+    assert all(f"`reprise {name}`" in message for name in ("preflight", "render", "gpu", "doctor"))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[place]\nkind = "laptpo"', r'kind = "laptpo": expected "laptop" or "cluster"; did you mean "laptop"\?'),
+        ("[place]\nkind = 3", r"kind = 3: expected 'laptop'"),
+        ("[place]\n", r"kind: expected this key"),
+        ('place = "laptop"', r'place = "laptop": expected a section'),
+        ("[ports]\nmlflow = 5000", r"\[place\]: expected this section, with kind"),
+    ],
+)
+def test_a_kind_that_is_none(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "laptop.toml").write_text(text + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_place("laptop", tmp_path)
+    assert re.search(expected, str(caught.value)), str(caught.value)
