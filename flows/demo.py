@@ -29,9 +29,7 @@ def demo(*, folder: str, example: str, quiet: bool) -> dict[str, Any]:
     if not (project / "pipeline.toml").exists():
         say(f"making a project in {project}: git, DVC with a local remote, data, pipeline.toml", style="dim")
     create_project(example, project)
-    document = execute(
-        Order(pipeline=str(project / "pipeline.toml"), interruptions=INTERRUPTIONS, cause="demo"), quiet=quiet
-    )
+    document = execute(Order(pipeline=str(project / "pipeline.toml"), interruptions=INTERRUPTIONS), quiet=quiet)
     return document
 
 

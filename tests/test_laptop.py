@@ -123,8 +123,8 @@ def _consistent(laptop: Laptop, document: dict[str, Any], model: str) -> None:
     assert laptop.champion(model) == document["model_version"]
 
 
-def test_the_first_run_survives_two_interruptions(digits: Laptop) -> None:
-    document = digits.run("--interrupt", "notice@35%", "--interrupt", "kill@70%")
+def test_the_demo_survives_two_interruptions(digits: Laptop) -> None:
+    document = json.loads(digits.command("demo", "--folder", str(digits.folder), "--json"))
     assert document["status"] == "succeeded"
     assert [s["status"] for s in document["steps"]] == ["done"] * 6
     assert [a["cause"] for a in document["attempts"]] == ["spot", "spot", "complete"]
