@@ -9,6 +9,7 @@ as a tag. Not covered: the gate that asks for it ([gate] require_resume_certific
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -75,6 +76,10 @@ def _prove(run: Run, data: PulledData, *, kills: int, seed: int) -> dict[str, An
     return {**certificate, "file": str(path)}
 
 
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def _tag_version(run: Run, certificate: dict[str, Any]) -> None:
     """Best effort: the file is what the gate reads."""
     registered = run.store.step(run.plan.steps["register_model"].key)
@@ -83,6 +88,6 @@ def _tag_version(run: Run, certificate: dict[str, Any]) -> None:
     version = registered.result["version"]
     tag = "reprise.resume_certificate"
     try:
-        set_version_tag(run.urls["mlflow"], run.plan.pipeline.name, version, tag, certificate["sha256"])
+        set_version_tag(run.urls["mlflow"], run.plan.pipeline.name, version, tag, _sha256(certificate["file"]))
     except (TrackingUnavailable, TrackingRefused):
         run.event("line", step="verify_resume", line=f"version {version} is not tagged: MLflow is away")

@@ -10,6 +10,7 @@ Not covered: the alias `champion`, which moves with the endpoint in deploy_model
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -85,7 +86,7 @@ def register_model(request: RegisterRequest) -> RegisteredModel:
         _check_experiment(client, run, request)
         version = find_version(client, request)
         created = version is None
-        if version is not None and version.tags.get("reprise.step_key") == request.key:
+        if version is not None and _decided_on_the_same(version, request):
             decision = Decision(**json.loads(version.tags["reprise.decision"]))
         else:
             decision = decide(
@@ -199,6 +200,16 @@ def _check_experiment(client: MlflowClient, run: Run, request: RegisterRequest) 
         raise GiveUp(f"MLflow run {request.run_id} is in experiment {found!r}; expected {request.experiment!r}")
 
 
+def _decided_on_the_same(version: ModelVersion, request: RegisterRequest) -> bool:
+    """Whether the decision on the version is about this key and this proof: a certificate made since is new evidence."""
+    known = (version.tags.get("reprise.step_key"), version.tags.get("reprise.resume_certificate", ""))
+    return known == (request.key, _certificate_digest(request.certificate))
+
+
+def _certificate_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
 def _read_certificate(path: str) -> dict[str, Any] | None:
     if not path:
         return None
@@ -219,6 +230,7 @@ def _tags(request: RegisterRequest, decision: Decision) -> dict[str, str]:
     return {
         **{f"reprise.{name}": str(value) for name, value in request.lineage.items()},
         "reprise.step_key": request.key,
+        "reprise.resume_certificate": _certificate_digest(request.certificate),
         "reprise.weights_sha256": request.weights_sha256,
         "reprise.heldout_digest": request.heldout_digest,
         "reprise.gate": "accepted" if decision.accepted else "refused",
@@ -249,6 +261,8 @@ def _record(
 
     tags, description = _tags(request, decision), _description(request, decision)
     if version is not None:
+        if request.certificate:
+            client.log_artifact(request.run_id, request.certificate, "resume_certificate")
         # The step key last: a version that carries it carries the decision too.
         for name in sorted(tags, key=lambda name: name == "reprise.step_key"):
             client.set_model_version_tag(request.pipeline, version.version, name, tags[name])
