@@ -201,7 +201,7 @@ def _check_experiment(client: MlflowClient, run: Run, request: RegisterRequest) 
 
 
 def _decided_on_the_same(version: ModelVersion, request: RegisterRequest) -> bool:
-    """Whether the decision on the version is about this key and this proof: a certificate made since is new evidence."""
+    """Whether the decision is about this key and this proof: a certificate made since is new evidence."""
     known = (version.tags.get("reprise.step_key"), version.tags.get("reprise.resume_certificate", ""))
     return known == (request.key, _certificate_digest(request.certificate))
 

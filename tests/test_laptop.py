@@ -46,7 +46,9 @@ class Laptop:
         pipeline = folder / "pipeline.toml"
         pipeline.write_text(pipeline.read_text().replace("[serve]\n", "[serve]\nadmission = false\n"))
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.invalid"]
-        subprocess.run(["git", *identity, "commit", "-qam", "no admission test"], cwd=folder, check=True)
+        subprocess.run(
+            ["git", *identity, "commit", "--allow-empty", "-qam", "no admission test"], cwd=folder, check=True
+        )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "flows", *arguments]
