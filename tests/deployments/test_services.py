@@ -178,7 +178,11 @@ def test_one_that_never_answers_is_given_up(state: Path) -> None:
 def test_a_missing_program(state: Path) -> None:
     one = server(state, "a", 18330)
     missing = Service(
-        name="a", folder=one.folder, ports=one.ports, command=lambda: (["no-such-program"], {}, one.folder), health=()
+        name="a",
+        folder=one.folder,
+        ports=one.ports,
+        command=lambda: (["no-such-program"], {}, one.folder),
+        health=("18330/",),
     )
     with pytest.raises(PreflightError, match="no-such-program"):
         services.start_all([missing])
