@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types layers unit e2e e2e-triggers bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger bench-cluster clean lock
+.PHONY: demo test check lint types layers unit e2e e2e-triggers cluster bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger bench-cluster clean lock
 
 demo: .venv/.installed  ## the whole chain on this machine, through two spot interruptions, to a model in service
 	@$(BIN)/reprise demo
@@ -29,6 +29,9 @@ e2e: .venv/.installed
 
 e2e-triggers: .venv/.installed  ## schedule, form, pushes and dead flows on real servers: five minutes more
 	$(BIN)/pytest -m e2e tests/test_triggers_laptop.py
+
+cluster: .venv/.installed  ## the same on Kubernetes: the cluster of KUBECONFIG, or one of this machine by .ci/cluster
+	$(BIN)/pytest -m cluster --durations 10
 
 bench-cluster: .venv/.installed  ## what orchestration costs at 1, 10 and 100 pipelines; on the cluster of KUBECONFIG, if set
 	$(BIN)/python tests/deployments/bench_cluster.py
