@@ -56,11 +56,12 @@ bench-flow: .bench/.metaflow  ## what orchestration costs, beside bare Prefect, 
 
 .bench/.checkpoint: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --target .bench/checkpoint --no-deps \
-	  lightning==2.6.6 lightning-utilities pytorch-lightning torchmetrics accelerate==1.15.0 torch-checkpointing==0.1.1
+	  lightning==2.6.6 lightning-utilities pytorch-lightning torchmetrics tqdm psutil \
+	  accelerate==1.15.0 torch-checkpointing==0.1.1
 	@touch $@
 
 bench-checkpoint: .bench/.checkpoint  ## stall, durability and slowdown of a save, beside its peers
-	$(BIN)/python tests/training/bench_checkpoint.py
+	$(BIN)/python tests/training/bench_checkpoint.py --peers .bench/checkpoint
 
 bench-restart: .venv/.installed  ## from a kill to the first new step, beside plain torchrun
 	$(BIN)/python tests/training/bench_restart.py

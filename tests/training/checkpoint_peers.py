@@ -270,13 +270,13 @@ def make_ways(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     folder: Path,
-    skip: list[str],
+    skip: set[str],
     tell: Callable[[str], None],
 ) -> list[Way]:
     """All ways that are installed and not skipped; `tell` hears of the others."""
     ways = []
     for number, kind in enumerate(WAYS):
-        if any(word in kind.name for word in skip):
+        if kind.name in skip:
             tell(f"{kind.name}: skipped")
             continue
         try:
