@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from training.shard_file import CHUNK, Layout, Piece
+from training.shard_file import CHUNK, Layout
 from training.staging import Arena, Sources, view_in
 
 MARGIN = 0.05  # share of the device's memory that must stay free beside a clone
 GROUP = 256 << 20  # bytes copied out per event: the writer begins after the first group
+LARGE = 1 << 20  # bytes from which a tensor is copied by itself: one launch for many leaves most of the device idle
 
 
 class PinnedArena(Arena):
@@ -53,6 +54,7 @@ class DeviceStaging:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.clone: torch.Tensor | None = None
         self.decided = False
+        self.targets: dict[int, torch.Tensor] = {}  # of the clone, or without one of the arena, by where a piece starts
         self.clone_free = threading.Semaphore(1)
         self.arena_free = threading.Semaphore(1)
 
@@ -61,6 +63,9 @@ class DeviceStaging:
         still in use by the last snapshot."""
         if not self.decided:
             self.clone, self.decided = self._room(), True
+            flat = self.flat if self.clone is None else self.clone
+            on_device = [p for p in self.layout.pieces if p.nbytes and p.start < self.layout.device_bytes]
+            self.targets = {p.start: view_in(flat, p) for p in on_device}  # made once: a thousand cost milliseconds
         (self.arena_free if self.clone is None else self.clone_free).acquire()
         snapshot = DeviceSnapshot(self, sources)
         when_staged()  # the writer itself waits for the device, part by part
@@ -78,7 +83,7 @@ class DeviceStaging:
     def close(self) -> None:
         """Free the memory; every snapshot must have been released."""
         torch.cuda.synchronize(self.device)
-        self.clone = None
+        self.clone, self.targets = None, {}
         self.arena.close()
 
 
@@ -98,10 +103,10 @@ class DeviceSnapshot:
         staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
         with torch.cuda.stream(staging.stream), torch.no_grad():
             if staging.clone is not None:
-                _copy_on_device(staging.clone, on_device)
+                copy_on_device(staging.targets, on_device)
             else:
                 for piece, tensor in on_device:
-                    view_in(staging.flat, piece).copy_(tensor, non_blocking=True)
+                    staging.targets[piece.start].copy_(tensor, non_blocking=True)
                     self._mark(piece.start + piece.nbytes)
             self._copied.record()
 
@@ -168,16 +173,17 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _copy_on_device(flat: torch.Tensor, sources: list[tuple[Piece, torch.Tensor]]) -> None:
-    """All copies of one type in one kernel launch (strided sources by themselves)."""
+def copy_on_device(targets: dict[int, torch.Tensor], sources: Sources) -> None:
+    """Large tensors one by one, at the device's full bandwidth; the small ones of one type in one launch, for there are
+    hundreds and each launch costs as much as its copy."""
     by_type: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for piece, tensor in sources:
-        target = view_in(flat, piece)
-        if tensor.is_contiguous():
-            targets, froms = by_type.setdefault(piece.dtype, ([], []))
-            targets.append(target)
-            froms.append(tensor.detach())
+        target = targets[piece.start]
+        if piece.nbytes < LARGE and tensor.is_contiguous():
+            into, froms = by_type.setdefault(piece.dtype, ([], []))
+            into.append(target)
+            froms.append(tensor)
         else:
             target.copy_(tensor, non_blocking=True)
-    for targets, froms in by_type.values():
-        torch._foreach_copy_(targets, froms, non_blocking=True)
+    for into, froms in by_type.values():
+        torch._foreach_copy_(into, froms, non_blocking=True)

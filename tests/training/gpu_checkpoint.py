@@ -135,7 +135,11 @@ def reprise(training: Training, folder: Path, repeats: int, room: bool, steps: i
     if staging.clone is not None:
         clone = staging.clone
         sources = [(p, t) for p, t in checkpointer._sources(_flat(training), checkpointer._plan) if t.is_cuda]  # type: ignore[arg-type]
-        found["clone_s"] = min(timed(lambda: device_staging._copy_on_device(clone, sources)) for _ in range(5))
+        with torch.no_grad():
+            found["clone_s"] = min(
+                timed(lambda: device_staging.copy_on_device(staging.targets, sources)) for _ in range(5)
+            )
+        found["host_s"] = min(timed(lambda: checkpointer._planned(_flat(training))) for _ in range(5))
         copy = min(timed(lambda: staging.flat[:size].copy_(clone, non_blocking=True)) for _ in range(3))
         found |= {"d2h_s": copy, "d2h_GB_per_s": size / copy / 1e9}
     found["bytes"] = staging.layout.nbytes
