@@ -23,7 +23,7 @@ from deployments.workload import Resources, Workload
 
 Manifest = dict[str, Any]
 DOMAIN = "reprise.dev"
-WORKLOAD_LABEL, KEY_LABEL = f"{DOMAIN}/workload", f"{DOMAIN}/key"
+WORKLOAD_LABEL, KEY_LABEL, ACCOUNT_LABEL = f"{DOMAIN}/workload", f"{DOMAIN}/key", f"{DOMAIN}/account"
 REQUEST_ANNOTATION, ENDING_ANNOTATION = f"{DOMAIN}/request", f"{DOMAIN}/ending"
 MANAGED = {"app.kubernetes.io/name": "reprise", "app.kubernetes.io/managed-by": "reprise"}
 MANAGED_SELECTOR = "app.kubernetes.io/managed-by=reprise"
@@ -44,7 +44,9 @@ class ClusterPlace:
     namespace: str = "reprise"
     state_claim: str = "reprise"  # ReadWriteMany
     state_mount: str = "/reprise"  # in every pod
-    service_account: str = "reprise-step"  # its token is not mounted
+    service_account: str = "reprise-step"  # of steps and trainings; its token is not mounted
+    serving_account: str = "reprise-serve"  # of served models; no token either
+    deploy_account: str = "reprise-deploy"  # of workloads that change what is served; its token is mounted
     env: Mapping[str, str] = field(default_factory=dict)
     env_secrets: tuple[str, ...] = ()  # names of Secrets that become environment, by reference only
     image_pull_secrets: tuple[str, ...] = ()
@@ -53,6 +55,7 @@ class ClusterPlace:
     on_demand_selector: Mapping[str, str] = field(default_factory=lambda: {"karpenter.sh/capacity-type": "on-demand"})
     gpu_selector: Mapping[str, str] = field(default_factory=dict)  # e.g. {"accelerator": "nvidia-a100"}
     gpu_taint: str = "nvidia.com/gpu"
+    autoscaler: str = "look"  # yes: something adds nodes; no: nothing does; look: as far as Reprise sees
     tolerations: tuple[Mapping[str, str], ...] = ()  # of training pods, beside the GPU taint's
     priority_class: str = ""
     queue: str = ""  # Kueue's LocalQueue; a queued job is Suspended, which is waiting
@@ -148,6 +151,7 @@ def job_folder(name: str, place: ClusterPlace) -> str:
 def labels_of(workload: Workload) -> dict[str, str]:
     """Labels of the object and its pods. Prefect's own flow-run label stays out: its observer would act on it."""
     own = {f"{DOMAIN}/{name}": label_value(value) for name, value in workload.labels.items() if value}
+    own |= {ACCOUNT_LABEL: workload.account} if workload.account else {}  # a NetworkPolicy lets these to the API server
     return {**MANAGED, "app.kubernetes.io/component": workload.image, **own, WORKLOAD_LABEL: workload.name}
 
 
@@ -225,7 +229,7 @@ def _gpu_toleration(workload: Workload, place: ClusterPlace) -> list[Manifest]:
 
 
 def _template(workload: Workload, place: ClusterPlace, choice: Manifest) -> Manifest:
-    inside = request_is_inside(workload)
+    inside, deploys = request_is_inside(workload), workload.account == "deploy"
     volumes: list[Manifest] = [
         {"name": "state", "persistentVolumeClaim": {"claimName": place.state_claim}},
         {"name": "tmp", "emptyDir": {}},
@@ -253,8 +257,8 @@ def _template(workload: Workload, place: ClusterPlace, choice: Manifest) -> Mani
         container["envFrom"] = [{"secretRef": {"name": name}} for name in place.env_secrets]
     spec: Manifest = {
         **{name: value for name, value in choice.items() if value},
-        "serviceAccountName": place.service_account,
-        "automountServiceAccountToken": False,
+        "serviceAccountName": place.deploy_account if deploys else place.service_account,
+        "automountServiceAccountToken": deploys,
         "enableServiceLinks": False,  # a namespace with many services would fill the environment
         "terminationGracePeriodSeconds": max(1, math.ceil(workload.grace_seconds)),
         "securityContext": pod_security(place),

@@ -27,7 +27,7 @@ from deployments.workload import Resources
 
 INFERENCE, METRICS = 8080, 8082  # the management port stays on the pod's loopback
 MODELS, STATE = "/models", "/var/lib/torchserve"
-START_SECONDS = 300  # for a new pod: image, copy, loading
+LABEL_ANNOTATION, VERSION_ANNOTATION, MAR_ANNOTATION = f"{DOMAIN}/label", f"{DOMAIN}/version", f"{DOMAIN}/mar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Serving:
     golden_count: int = 5
     replicas: int = 2
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0, memory="2Gi"))
+    start_seconds: float = 300.0  # for a new pod: node, image, copy, loading, golden requests
     response_timeout: float = 30.0  # seconds that a request may take
     drain_seconds: float = 10.0  # until every proxy has forgotten a pod that leaves
     soak_seconds: float = 5.0  # a new pod has to stay ready that long
@@ -50,7 +51,12 @@ class Serving:
     @property
     def name(self) -> str:
         """Of Deployment, Service and budget."""
-        return f"serve-{label_value(self.pipeline).lower().replace('_', '-').replace('.', '-')}"[:63].rstrip("-")
+        return serving_name(self.pipeline)
+
+
+def serving_name(pipeline: str) -> str:
+    """The name under which a pipeline's model is served: of Deployment, Service and budget, a DNS label."""
+    return f"serve-{label_value(pipeline).lower().replace('_', '-').replace('.', '-')}"[:63].rstrip("-")
 
 
 def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
@@ -94,7 +100,7 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
         "securityContext": security,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [{**models, "readOnly": True}, tmp, {"name": "torchserve", "mountPath": STATE}],
-        "startupProbe": {**probe, "periodSeconds": 2, "failureThreshold": START_SECONDS // 2},
+        "startupProbe": {**probe, "periodSeconds": 2, "failureThreshold": math.ceil(serving.start_seconds / 2)},
         "readinessProbe": {**probe, "periodSeconds": 5, "failureThreshold": 2},
         "livenessProbe": {
             "httpGet": {"path": "/ping", "port": "http"},
@@ -106,7 +112,7 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
     }
     labels = _labels(serving)
     spec: Manifest = {
-        "serviceAccountName": place.service_account,
+        "serviceAccountName": place.serving_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": math.ceil(serving.drain_seconds + serving.response_timeout + 10),
@@ -129,11 +135,14 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
         ],
     }
     if serving.resources.gpus:
-        spec["nodeSelector"] = dict(place.gpu_selector)
+        spec["nodeSelector"] = {
+            **place.on_demand_selector,
+            **place.gpu_selector,
+        }  # spot takes a GPU away with its model
         spec["tolerations"] = [{"key": place.gpu_taint, "operator": "Exists", "effect": "NoSchedule"}]
     if place.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in place.image_pull_secrets]
-    about = {f"{DOMAIN}/version": serving.version, f"{DOMAIN}/label": serving.label, f"{DOMAIN}/mar": serving.sha256}
+    about = {VERSION_ANNOTATION: serving.version, LABEL_ANNOTATION: serving.label, MAR_ANNOTATION: serving.sha256}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -148,7 +157,7 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
             "selector": {"matchLabels": _selector(serving)},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "minReadySeconds": math.ceil(serving.soak_seconds),
-            "progressDeadlineSeconds": START_SECONDS + math.ceil(serving.soak_seconds) + 30,
+            "progressDeadlineSeconds": math.ceil(serving.start_seconds + serving.soak_seconds) + 30,
             "revisionHistoryLimit": 5,
             "template": {"metadata": {"labels": labels, "annotations": about}, "spec": spec},
         },
@@ -156,7 +165,7 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
 
 
 def serving_service(serving: Serving, place: ClusterPlace) -> Manifest:
-    """A ClusterIP on port 80; metrics beside it. What makes it reachable from outside is the platform's."""
+    """A ClusterIP on the pods' own port; metrics beside it. What makes it reachable from outside is the platform's."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -164,7 +173,7 @@ def serving_service(serving: Serving, place: ClusterPlace) -> Manifest:
         "spec": {
             "selector": _selector(serving),
             "ports": [
-                {"name": "http", "port": 80, "targetPort": "http"},
+                {"name": "http", "port": INFERENCE, "targetPort": "http"},
                 {"name": "metrics", "port": METRICS, "targetPort": "metrics"},
             ],
         },

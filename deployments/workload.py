@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Image = Literal["flow", "step", "train", "serve"]
+Account = Literal["", "deploy"]
 Cause = Literal[
     "complete",  # exit 0
     "spot",  # the platform took the node, with notice (SIGTERM) or without (SIGKILL)
@@ -53,6 +54,7 @@ class Workload:
     deadline_seconds: float | None = None  # wall clock
     start_seconds: float | None = None  # how long it may wait for a node; None: for ever
     labels: Mapping[str, str] = field(default_factory=dict)  # run, pipeline, step
+    account: Account = ""  # "deploy": on a cluster it may change what is served; else it may ask the API nothing
 
 
 @dataclass(frozen=True, kw_only=True)

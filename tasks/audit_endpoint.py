@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
 
+from deployments.cluster_target import ClusterTarget
 from deployments.errors import GiveUp, StepError
 from deployments.serving import Served, TorchServe
 from tasks.archive import content_digest
@@ -25,12 +26,13 @@ class AuditRequest:
     """Which endpoint, and whether to repair it."""
 
     pipeline: str
-    management_url: str
-    inference_url: str
+    management_url: str = ""
+    inference_url: str = ""
     tracking_uri: str
     record: str  # folder of the endpoints' records
     repair: bool = False
     lock_wait_seconds: float = 300.0
+    cluster: ClusterTarget | None = None  # None: the TorchServe behind the URLs
 
 
 @dataclass(frozen=True, kw_only=True)

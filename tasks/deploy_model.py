@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from deployments.cluster_target import ClusterTarget
 from deployments.errors import GiveUp
 from deployments.serving import TorchServe
 from tasks.admission import AdmissionRequest, admit
@@ -36,8 +37,8 @@ class DeployRequest:
     label: str  # TorchServe's, from package_model
     mar: str
     sha256: str
-    management_url: str
-    inference_url: str
+    management_url: str = ""  # TorchServe's; not used on a cluster
+    inference_url: str = ""  # on a cluster empty: the Service's name
     serve: dict[str, Any] = field(default_factory=dict)
     golden: str  # heldout.jsonl
     golden_count: int = 20
@@ -52,6 +53,7 @@ class DeployRequest:
     admission: bool = False  # serve it on scratch ports first (tasks.admission); about ten seconds, once per archive
     server_logs: str = ""  # TorchServe's log folder, if it is here: a worker that does not start is then quoted
     lock_wait_seconds: float = 300.0
+    cluster: ClusterTarget | None = None  # None: the TorchServe behind the URLs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +76,13 @@ class RollbackRequest:
 
     pipeline: str
     to: str = ""
-    management_url: str
-    inference_url: str
+    management_url: str = ""
+    inference_url: str = ""
     tracking_uri: str
     record: str
     soak_seconds: float = 1.0
     lock_wait_seconds: float = 300.0
+    cluster: ClusterTarget | None = None
 
 
 def deploy_model(request: DeployRequest) -> Endpoint:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
@@ -43,6 +44,8 @@ def read_request(task: Callable[[Any], Any], raw: dict[str, Any]) -> Any:
 
 def from_json(kind: Any, value: Any, *, where: str) -> Any:
     """`value` as `kind` (a dataclass, or JSON as it is). Raises GiveUp naming an unknown or missing field."""
+    if isinstance(kind, types.UnionType):  # X | None
+        kind = next((k for k in typing.get_args(kind) if is_dataclass(k)), kind) if value is not None else kind
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return value
     if not isinstance(value, dict):

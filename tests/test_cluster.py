@@ -91,7 +91,7 @@ def place(api: KubeApi) -> Iterator[ClusterPlace]:
     meta = {"namespace": name}
     apply(api, "/api/v1/namespaces", {"kind": "Namespace", "metadata": {"name": name}})
     root = f"/api/v1/namespaces/{name}"
-    for account in ("reprise-step",):
+    for account in ("reprise-step", "reprise-serve", "reprise-deploy"):
         apply(api, f"{root}/serviceaccounts", {"kind": "ServiceAccount", "metadata": {"name": account, **meta}})
     spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
     claim = {"kind": "PersistentVolumeClaim", "metadata": {"name": "reprise", **meta}, "spec": spec}
@@ -599,7 +599,7 @@ def test_a_rolling_update_and_a_bad_version_lose_no_request(
     assert first.complete, first.reason
     service = cluster.api.get(f"/api/v1/namespaces/{place.namespace}/services/serve-toy")
     rows = [json.loads(line) for line in toy.heldout.read_text().splitlines()]
-    load = Load(f"http://{service['spec']['clusterIP']}", rows)
+    load = Load(f"http://{service['spec']['clusterIP']}:8080", rows)
     try:
         second = deploy(serving(2))
         assert second.complete and second.revision > first.revision, second.reason

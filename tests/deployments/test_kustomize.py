@@ -21,7 +21,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from deployments.manifests import ClusterPlace, step_job, training_job
+from deployments.manifests import ACCOUNT_LABEL, ClusterPlace, step_job, training_job
 from deployments.run_metrics import collect
 from deployments.serving_manifests import INFERENCE, METRICS, Serving, serving_deployment
 from deployments.serving_metrics import queue_wait_microseconds
@@ -45,7 +45,7 @@ K8S = ROOT / "deployments" / "k8s"
 OVERLAYS = ("kind", "spot", "on-demand")
 SCHEMAS = Path(__file__).parent / "schemas"
 NAMESPACES = {"reprise", "reprise-services"}
-TOKENS = {"prefect-worker", "reprise-flow"}  # the only accounts whose pods speak to the API server
+TOKENS = {"prefect-worker", "reprise-flow", "reprise-deploy"}  # the only accounts whose pods speak to the API server
 KUBECTL = shutil.which("kubectl")
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed: overlays are not built here")
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job")
@@ -249,7 +249,17 @@ def test_the_flow_makes_no_pods_and_the_worker_reads_no_secrets() -> None:
     assert granted(raw("kind"), "prefect-worker", cluster=True) == set()
 
 
-def test_only_two_accounts_have_a_token() -> None:
+def test_the_deploying_step_changes_what_is_served_and_nothing_else() -> None:
+    have = granted(raw("kind"), "reprise-deploy", cluster=False)
+    changed = {(g, r) for g, r, v in have if v not in ("get", "list")}
+    assert changed == {("apps", "deployments"), ("", "services"), ("policy", "poddisruptionbudgets")}
+    flow = granted(raw("kind"), "reprise-flow", cluster=False)
+    assert {v for _, r, v in flow if r == "deployments"} == {"get", "list"}
+    assert granted(raw("kind"), "reprise-serve", cluster=False) == granted(raw("kind"), "reprise-step", cluster=False)
+    assert granted(raw("kind"), "reprise-serve", cluster=False) == set()
+
+
+def test_only_three_accounts_have_a_token() -> None:
     accounts = of_kind(raw("spot"), "ServiceAccount")
     assert {a["metadata"]["name"] for a in accounts if a.get("automountServiceAccountToken", True)} == TOKENS
     named = {(a["metadata"]["namespace"], a["metadata"]["name"]) for a in accounts}
@@ -357,7 +367,7 @@ def test_what_runs_ask_for_is_there() -> None:
     (claim,) = [c for c in of_kind(objects, "PersistentVolumeClaim") if c["metadata"]["name"] == place.state_claim]
     assert claim["metadata"]["namespace"] == place.namespace
     names = {a["metadata"]["name"] for a in of_kind(objects, "ServiceAccount")}
-    assert {place.service_account, "reprise-flow", "reprise-serve"} <= names
+    assert {place.service_account, place.serving_account, place.deploy_account, "reprise-flow"} <= names
     flow = flow_pod()
     assert flow["securityContext"]["runAsUser"] == flow["securityContext"]["fsGroup"] == place.user
     (mount,) = [m for m in flow["containers"][0]["volumeMounts"] if m["name"] == "state"]
@@ -413,6 +423,7 @@ def test_policies_select_pods_that_exist() -> None:
     """A label that no pod carries is a policy that allows nothing, or a hole that nobody sees."""
     ours = [i["spec"]["template"]["metadata"]["labels"] for i in of_kind(raw("spot"), *WORKLOADS)]
     made = [{"app.kubernetes.io/component": c} for c in ("flow", "step", "train", "serve")]
+    made.append({ACCOUNT_LABEL: "deploy"})
     known = {(k, v) for labels in [*ours, *made] for k, v in labels.items()}
     for policy in of_kind(raw("spot"), "NetworkPolicy"):
         selectors = [policy["spec"]["podSelector"]]

@@ -130,6 +130,30 @@ def test_a_rollout_takes_no_ready_pod_away_and_a_pod_that_leaves_serves_on() -> 
     assert other[:2] == [service, budget] and other[2]["spec"]["selector"] == deployment["spec"]["selector"]
 
 
+def test_only_a_step_that_deploys_gets_a_token_and_a_way_to_the_api_server() -> None:
+    for account, name in (("", "reprise-step"), ("deploy", "reprise-deploy")):
+        template = step_job(replace(STEP, account=account), PLACE)["spec"]["template"]
+        assert template["spec"]["serviceAccountName"] == name
+        assert template["spec"]["automountServiceAccountToken"] == bool(account)
+        assert template["metadata"]["labels"].get("reprise.dev/account", "") == account
+    served = serving_objects(SERVING, PLACE)[2]["spec"]["template"]["spec"]
+    assert (served["serviceAccountName"], served["automountServiceAccountToken"]) == ("reprise-serve", False)
+
+
+def test_served_models_on_gpus_stay_off_spot_capacity() -> None:
+    place = replace(PLACE, gpu_selector={"accelerator": "nvidia-a100"})
+    spec = serving_objects(replace(SERVING, resources=Resources(gpus=1)), place)[2]["spec"]["template"]["spec"]
+    assert spec["nodeSelector"] == {"karpenter.sh/capacity-type": "on-demand", "accelerator": "nvidia-a100"}
+    assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def test_steps_and_served_models_share_the_state_volume_by_one_group() -> None:
+    step, served = step_job(STEP, PLACE), serving_objects(SERVING, PLACE)[2]
+    for item in (step, served):
+        security = item["spec"]["template"]["spec"]["securityContext"]
+        assert security["fsGroup"] == security["runAsGroup"] == security["runAsUser"] == 10001
+
+
 def test_a_service_name_is_a_dns_label() -> None:
     for pipeline in ("Digits_v1.0", "x" * 80, "a b"):
         name = replace(SERVING, pipeline=pipeline).name
