@@ -27,6 +27,7 @@ from fastapi.responses import JSONResponse
 
 from flows.push_handover import Target, drain_forever
 from flows.push_queue import ZERO, Push
+from flows.push_status import report_forever
 from flows.references import secret
 
 MAX_BYTES = 1 << 20
@@ -106,14 +107,15 @@ def guard(targets: Sequence[Target]) -> list[Guarded]:
 def make_app(
     guarded: Sequence[Guarded], *, tell: Callable[[str], None] = lambda line: None, work: bool = True
 ) -> FastAPI:
-    """The app. `work`: also decide and hand over, in a thread for each pipeline; `tell` hears of each decision."""
+    """The app. `work`: also decide, hand over and say so at the forge; `tell` hears of each decision."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stop = threading.Event()
         threads = [
-            threading.Thread(target=drain_forever, args=(g.target, stop.wait, tell), daemon=True)
+            threading.Thread(target=loop, args=(g.target, stop.wait, tell), daemon=True)
             for g in (guarded if work else ())
+            for loop in (drain_forever, report_forever)
         ]
         for thread in threads:
             thread.start()

@@ -2,9 +2,9 @@
 
     reprise serve               # in the foreground; `reprise up` keeps it as a service once `reprise deploy` was run
 
-A worker of the process pool starts each flow run as a process of its own. Beside it two small loops: one decides pushes
-that wait, one looks for flows that died (flows.zombies). Killed, it loses nothing: runs go on without it, late ones
-start when it is back. Not covered: a cluster, where Prefect's Kubernetes worker starts flows.
+A worker of the process pool starts each flow run as a process of its own. Beside it small loops: one decides pushes
+that wait, one says so at the forge, one looks for flows that died (flows.zombies). Killed, it loses nothing: runs go on
+without it, late ones start when it is back. Not covered: a cluster, where Prefect's Kubernetes worker starts flows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from deployments.service_launches import Service
 from flows.display import say
 from flows.prefect_api import Prefect
 from flows.push_handover import Target, drain_forever, open_target
+from flows.push_status import report_forever
 from flows.services import prefect_environment
 from flows.settings import PlaceSettings
 from flows.triggers import pool_name
@@ -48,6 +49,7 @@ def serve(pipeline: str, place: str) -> None:
     stop = threading.Event()
     loops = [
         threading.Thread(target=drain_forever, args=(target, stop.wait, say), daemon=True),
+        threading.Thread(target=report_forever, args=(target, stop.wait, say), daemon=True),
         threading.Thread(target=_look_after, args=(target, stop.wait), daemon=True),
     ]
     for loop in loops:

@@ -1,12 +1,13 @@
 """What starts a run and who hears of it: [schedule], [push], [deploy] and [notify] of pipeline.toml.
 
 None of these keys enters a step key: changing them retrains nothing. Not covered: acting on them (flows.triggers,
-flows.push_receiver, flows.approval, flows.notifications).
+flows.push_receiver, flows.push_status, flows.approval, flows.notifications).
 """
 
 from __future__ import annotations
 
 import re
+import urllib.parse
 import zoneinfo
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from flows.setting_types import Duration, SecretReference, Section, as_tuple
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)+")
 _BRANCH = re.compile(r"(?!-)(?!.*(?:\.\.|//|@\{|\.lock$|/$))[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
+_PRIVATE = r"127\.[0-9.]+|10\.[0-9.]+|192\.168\.[0-9.]+|172\.(?:1[6-9]|2[0-9]|3[01])\.[0-9.]+"
 _BLOCK = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
 Outcome = Literal["success", "refusal", "rollback", "budget", "failure"]
 
@@ -67,6 +69,24 @@ def _revision(value: Any) -> Any:
     return value
 
 
+def _address(value: str) -> str:
+    """http only within a machine, a cluster or a private net: a token goes there."""
+    if not value:
+        return value
+    try:
+        parts = urllib.parse.urlsplit(value)
+        host = parts.hostname or ""
+        _ = parts.port
+    except ValueError:
+        host = ""
+    near = "." not in host or host.endswith((".svc", ".local", ".internal")) or re.fullmatch(_PRIVATE, host)
+    if not host or parts.scheme not in ("https", "http") or parts.query or parts.fragment or parts.username:
+        raise ValueError('expected an address such as "https://gitea.example" without user, query or fragment')
+    if parts.scheme == "http" and not near:
+        raise ValueError("expected https://: a token would cross the net in the clear")
+    return value.rstrip("/")
+
+
 class ScheduleSettings(Section):
     """[schedule]: retrain by the clock. Registered by `reprise deploy`."""
 
@@ -84,6 +104,24 @@ class ScheduleSettings(Section):
         return value
 
 
+class StatusSettings(Section):
+    """[push.status]: the decision, said at the commit on the forge. Off while no forge is named."""
+
+    forge: Literal["", "github", "gitlab", "gitea"] = ""  # gitea: Forgejo too
+    # The API's root; empty: https://api.github.com or https://gitlab.com. GitHub Enterprise: https://HOST/api/v3.
+    url: Annotated[str, AfterValidator(_address), Field(validate_default=True)] = ""
+    token: SecretReference = "${REPRISE_FORGE_TOKEN}"  # or "file:/run/secrets/forge"
+    context: str = Field(default="", max_length=100)  # what the status is called; empty: reprise/<pipeline>
+    prefect: Annotated[str, AfterValidator(_address)] = ""  # its UI as people reach it; empty: as this machine does
+
+    @field_validator("url")
+    @classmethod
+    def _home(cls, value: str, info: ValidationInfo) -> str:
+        if not value and info.data.get("forge") == "gitea":
+            raise ValueError('expected the address of the forge, such as "https://gitea.example"')
+        return value
+
+
 class PushSettings(Section):
     """[push]: retrain by git push. Read from the receiver's own checkout, never from what was pushed."""
 
@@ -94,6 +132,7 @@ class PushSettings(Section):
     secret: SecretReference = "${REPRISE_PUSH_SECRET}"  # "${NAME}" or "file:/run/secrets/push"; at least 32 bytes
     remote: str = "origin"  # of the checkout, where pushed commits are fetched from
     settle: Duration = 3.0  # a push waits this long for a newer one
+    status: StatusSettings = StatusSettings()
 
     @field_validator("repository")
     @classmethod
@@ -107,6 +146,13 @@ class PushSettings(Section):
     def _remote_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
             raise ValueError('expected the name of a git remote, such as "origin"')
+        return value
+
+    @field_validator("status")
+    @classmethod
+    def _of_a_repository(cls, value: StatusSettings, info: ValidationInfo) -> StatusSettings:
+        if value.forge and info.data.get("repository") == "":
+            raise ValueError('expected [push] repository beside it, such as "acme/digits": whose commits are these?')
         return value
 
     @field_validator("settle")

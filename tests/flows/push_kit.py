@@ -55,6 +55,9 @@ class FakePrefect:
             def do_GET(self) -> None:
                 if self.path.startswith("/api/deployments/name/") and not fake.deployed:
                     return self.answer(404, {"detail": "Deployment not found"})
+                if self.path.startswith("/api/flow_runs/"):
+                    run = fake.runs.get(self.path.split("/")[3])
+                    return self.answer(200, run) if run else self.answer(404, {"detail": "Flow run not found"})
                 return self.answer(200, {"id": "deployment-1", "name": "laptop"})
 
             def do_POST(self) -> None:

@@ -34,6 +34,27 @@ MISTAKES = {
     "secret by a relative file": ('[push]\nsecret = "file:secret"', r"expected a reference to a secret"),
     "long settle": ('[push]\nsettle = "2m"', r'settle = "2m": expected at most "60s"'),
     "remote as option": ('[push]\nremote = "--upload-pack=x"', r"expected the name of a git remote"),
+    "unknown forge": (
+        '[push]\nrepository = "a/b"\n[push.status]\nforge = "bitbucket"',
+        r"\[push.status\] forge = \"bitbucket\": expected '', 'github', 'gitlab' or 'gitea'",
+    ),
+    "status of no repository": ('[push.status]\nforge = "github"', r"expected \[push\] repository beside it"),
+    "a forge without an address": (
+        '[push]\nrepository = "a/b"\n[push.status]\nforge = "gitea"',
+        r"\[push.status\] url.*: expected the address of the forge",
+    ),
+    "a token in the clear": (
+        '[push]\nrepository = "a/b"\n[push.status]\nforge = "gitea"\nurl = "http://gitea.example"',
+        r"expected https://: a token would cross the net in the clear",
+    ),
+    "an address that is none": (
+        '[push]\nrepository = "a/b"\n[push.status]\nforge = "gitea"\nurl = "gitea.example"',
+        r"expected an address such as",
+    ),
+    "token in the file": (
+        '[push]\nrepository = "a/b"\n[push.status]\nforge = "github"\ntoken = "0123456789abcdef"',
+        r'token = "\*\*\*": expected a reference to a secret',
+    ),
     "hasty approval": ('[deploy]\napproval_within = "5s"', r'expected at least "1m"'),
     "approval as text": ('[deploy]\napproval = "yes"', r"approval = \"yes\": expected true or false"),
     "block without type": ('[notify]\nblock = "team"', r"expected TYPE/NAME of a block in Prefect"),
@@ -55,6 +76,16 @@ def test_defaults() -> None:
     assert (settings.schedule.cron, settings.schedule.timezone, settings.schedule.overlap) == ("", "UTC", "wait")
     assert (settings.push.repository, settings.push.branches, settings.push.settle) == ("", ("main",), 3.0)
     assert (settings.deploy.approval, settings.notify.block) == (False, "")
+
+
+@pytest.mark.parametrize(
+    "url", ["https://git.example/api/v3/", "http://127.0.0.1:3000", "http://gitea-http.gitea.svc:3000", "http://gitea"]
+)
+def test_addresses_of_forges(url: str) -> None:
+    text = f'[push]\nrepository = "a/b"\n[push.status]\nforge = "gitea"\nurl = "{url}"\n'
+    status = load_pipeline(GOOD + text).push.status
+    assert (status.forge, status.url, status.token) == ("gitea", url.rstrip("/"), "${REPRISE_FORGE_TOKEN}")
+    assert load_pipeline(GOOD).push.status.forge == "", "off by default"
 
 
 def test_a_secret_stays_a_reference_and_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
