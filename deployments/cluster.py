@@ -24,6 +24,7 @@ from typing import Any
 
 from deployments.cluster_run import ClusterRun
 from deployments.errors import GiveUp, PreflightError, StepError, TryAgain
+from deployments.guard import Guard
 from deployments.job_status import end_of
 from deployments.kube_api import MERGE_PATCH, PATIENCE, ApiStatus, KubeApi, connect
 from deployments.kube_watch import SharedWatch, uid_of
@@ -53,24 +54,25 @@ class Cluster:
         patience: float = PATIENCE,
         start_patience: float = 300.0,
         lost_node_seconds: float = 300.0,
-        guard: bool = False,
+        guard: bool = True,
     ) -> None:
         """Nothing is asked of the cluster yet.
 
         `state`: where this process sees the state volume (default: its mount path, if that is a folder here).
         Seconds: `patience` for an API server that is away, `start_patience` for an image that cannot be pulled,
         `lost_node_seconds` until a pod on a node that does not answer is given up. `guard`: look at the cluster before
-        an object is made, and refuse one that could never run; some twenty requests each time.
+        an object is made, and refuse one whose pods could never be placed.
         """
         self.settings = settings
         mount = Path(settings.state_mount)
         self.state = state or (mount if mount.is_dir() else None)
         self.start_patience, self.lost_node_seconds = start_patience, lost_node_seconds
-        self.guard = guard
         self._api = api
         self._connect = functools.partial(connect, kubeconfig=kubeconfig, context=context, patience=patience)
         self._lock = threading.Lock()
         self._watches: dict[str, SharedWatch] = {}
+        self._guarded = guard
+        self._guard: Guard | None = None
 
     @property
     def api(self) -> KubeApi:
@@ -79,6 +81,15 @@ class Cluster:
             if self._api is None:
                 self._api = self._connect()
             return self._api
+
+    @property
+    def guard(self) -> Guard | None:
+        """What looks before an object is made; None where nothing does. Raises as `api`."""
+        api = self.api
+        with self._lock:
+            if self._guarded and self._guard is None:
+                self._guard = Guard(api, self.settings)
+            return self._guard
 
     def run(self, workload: Workload, *, on_line: Callable[[str], None] | None = None) -> Outcome:
         """Create or adopt `workload.name` and wait for its end; see the module's text for what a name that ended means.

@@ -27,8 +27,10 @@ from deployments.kube_watch import Following, is_gone, uid_of
 from deployments.manifests import (
     CONTAINERS,
     ENDING_ANNOTATION,
+    KEY_LABEL,
     WORKLOAD_LABEL,
     Manifest,
+    labels_of,
 )
 from deployments.node_memory import NodeMemory
 from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
@@ -110,7 +112,7 @@ class ClusterRun:
         return max(0.05, min([LOOK_SECONDS, *due, 0.5 if watched else LOOK_SECONDS]))
 
     def _create_or_adopt(self) -> None:
-        self._guard()
+        self._look_before()
         creation = Creation(self.cluster, self.workload, self.wanted, self.objects, self.event, self.feed.say)
         item, self.adopted = creation.create_or_adopt(self._left_over)
         self.uid = uid_of(item)
@@ -120,13 +122,19 @@ class ClusterRun:
         self.created = asked if self.adopted else time.time()
         self.objects.put(item)
 
-    def _guard(self) -> None:
-        """Refuse what could never run before it is made; what is there already is past that. Raises PreflightError."""
-        if not self.cluster.guard or self.api.find(self.path) is not None:
-            return
-        from deployments.preflight import guard  # heavier than the rest, and off by default
+    def _look_before(self) -> None:
+        """Refuse what could never be placed before it is made. Raises PreflightError.
 
-        for finding in guard(self.api, self.workload, self.cluster.settings):
+        What is there already is past that. So is what has had a place before, as an earlier attempt or in another life:
+        a node that was taken comes back, and until then there may be none.
+        """
+        guard, mine = self.cluster.guard, labels_of(self.workload)
+        if guard is None or self.uid:
+            return
+        identity = KEY_LABEL if mine.get(KEY_LABEL) else WORKLOAD_LABEL
+        if mine[identity] in self.objects.values_of(identity):
+            return
+        for finding in guard.check(self.wanted):
             self.feed.say(f"preflight: {finding.what}: {finding.found}; {finding.fix}")
 
     def _left_over(self) -> bool:

@@ -47,6 +47,12 @@ class Following:
             self.watch.check()
             return list(self.seen.values())
 
+    def values_of(self, label: str) -> set[str]:
+        """The values that a label has among all objects of the watch, those of other waiters included."""
+        with self.watch.lock:
+            labels = (item["metadata"].get("labels") or {} for item in self.watch.known.values())
+            return {found[label] for found in labels if label in found}
+
     def put(self, item: Json) -> None:
         """Tell what a request answered, so that the watch need not have caught up."""
         with self.watch.lock:

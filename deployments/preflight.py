@@ -34,7 +34,7 @@ from deployments.preflight_scheduling import look_at_places
 from deployments.preflight_security import look_at_security
 from deployments.preflight_services import look_at_dvc, look_at_mlflow
 from deployments.preflight_storage import look_at_claims, look_at_shm
-from deployments.snapshot import Reader, Snapshot, take
+from deployments.snapshot import Snapshot
 from deployments.workload import Workload
 
 LOOKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
@@ -88,9 +88,22 @@ def _all(
                 continue
         else:
             made = workload
-        case = Case(wanted=wanted(made), snapshot=snapshot, queue=place.queue, save_seconds=save_seconds)
+        case = case_of(made, snapshot, place, save_seconds)
         for look in LOOKS:
             yield from look(case)
+
+
+def case_of(
+    made: Mapping[str, Any], snapshot: Snapshot, place: ClusterPlace, save_seconds: float | None = None
+) -> Case:
+    """What every look is given about one manifest."""
+    return Case(
+        wanted=wanted(made),
+        snapshot=snapshot,
+        queue=place.queue,
+        autoscaler=place.autoscaler,
+        save_seconds=save_seconds,
+    )
 
 
 def failures(findings: Iterable[Finding]) -> list[Finding]:
@@ -103,13 +116,3 @@ def refuse(findings: Iterable[Finding]) -> None:
     if failed := failures(findings):
         lines = [f"{f.what}: {f.found}; fix: {f.fix}" for f in failed]
         raise PreflightError("this cluster cannot run it: " + "\n  ".join(lines))
-
-
-def guard(api: Reader, workload: Workload, place: ClusterPlace) -> list[Finding]:
-    """Look at one workload on a live cluster just before it is created, and refuse it if it could never run.
-
-    Returns the rows that are not OK. Raises PreflightError, or Unreachable if the API does not answer.
-    """
-    findings = preflight(take(api, place), [workload], place)
-    refuse(findings)
-    return [f for f in findings if f.verdict != "OK"]

@@ -120,17 +120,23 @@ def look_at_definitions(case: Case) -> Iterator[Finding]:
             found, fix = "pytorchjobs.kubeflow.org is not defined here", f"install the operator: {INSTALL_OPERATOR}"
         yield Finding(what=what, verdict="FAIL", found=found, fix=fix)
         return
-    operators = case.snapshot.get("operators")
+    down = list(look_at_operator(case))
+    yield from down
+    if not down:
+        yield Finding(what=what, verdict="OK", found="kubeflow.org/v1")
+
+
+def look_at_operator(case: Case) -> Iterator[Finding]:
+    """Somebody acts on PyTorchJobs, as far as it can be seen."""
+    operators = case.snapshot.get("operators") if case.wanted.is_training else []
     if operators and not any((o.get("status") or {}).get("availableReplicas") for o in operators):
         name, namespace = operators[0]["metadata"]["name"], operators[0]["metadata"].get("namespace", "")
         yield Finding(
-            what=what,
+            what="PyTorchJob",
             verdict="FAIL",
             found=f"it is defined, but its operator (deployment {namespace}/{name}) has no replica available",
             fix=f"kubectl -n {namespace} describe deployment {name}; without it a job gets no pods and no word why",
         )
-        return
-    yield Finding(what=what, verdict="OK", found="kubeflow.org/v1")
 
 
 def look_at_rights(case: Case) -> Iterator[Finding]:

@@ -91,6 +91,7 @@ class Case:
     wanted: Wanted
     snapshot: Any  # deployments.snapshot.Snapshot
     queue: str = ""
+    autoscaler: str = "look"  # as ClusterPlace.autoscaler
     save_seconds: float | None = None  # of a checkpoint, as earlier attempts measured it
     facts: Mapping[str, Any] = field(default_factory=dict)
 

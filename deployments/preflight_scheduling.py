@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deployments import node_pools
 from deployments.kube_quantity import milli, shown
@@ -72,10 +72,12 @@ def look_at_places(case: Case) -> Iterator[Finding]:
     if not case.snapshot.known("nodes"):
         return
     capacities = Capacities.of(case)
-    well = True
+    growth, well = unseen_growth(case), True
     for pods in case.wanted.sets:
         for finding in _set(case, pods, capacities):
             well = False
+            if growth and finding.verdict == "FAIL":
+                finding = replace(finding, verdict="WARN", found=f"{finding.found}; {growth}")
             yield finding
     if not well:
         return
@@ -88,6 +90,25 @@ def look_at_places(case: Case) -> Iterator[Finding]:
             found=f"each pod of {case.wanted.label} finds a node, all of them at once may not",
             fix="they wait until others have ended: add nodes, or ask for less in [resources] of cluster.toml",
         )
+
+
+def unseen_growth(case: Case) -> str:
+    """Why a node may come that neither a node nor a NodePool of the snapshot stands for; "" if none may.
+
+    A pool of nodes at zero is no fault. Where an autoscaler's nodes cannot be told beforehand, nothing is refused.
+    """
+    snapshot = case.snapshot
+    if case.autoscaler == "yes":
+        return "something adds nodes here ([nodes] autoscaler in cluster.toml): it may make one"
+    if "nodepools" in snapshot.unreadable:
+        return "a NodePool of Karpenter may make one, and they may not be read here"
+    if case.autoscaler == "no":
+        return ""
+    if snapshot.get("autoscalers"):
+        return "the cluster autoscaler may make one"
+    if "autoscalers" in snapshot.unreadable:
+        return "a cluster autoscaler may make one, and whether there is one may not be read here"
+    return ""
 
 
 def sites(case: Case, pods: PodSet, capacities: Capacities) -> list[Site]:

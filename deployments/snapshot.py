@@ -120,66 +120,108 @@ def take(api: Reader, place: ClusterPlace, *, probes: Mapping[str, Json] | None 
 
     `probes`: what deployments.probes and the DVC settings say, see preflight_services.
     """
-    taker = _Taker(api, place)
-    with ThreadPoolExecutor(max_workers=8, thread_name_prefix="snapshot") as pool:
-        waiting = [pool.submit(look) for look in taker.looks()]
-        for future in waiting:
-            future.result()
-    return Snapshot(
-        namespace=place.namespace,
-        taken=time.time(),
-        version=taker.version,
-        clock_offset=_clock_offset(api),
-        apis=taker.apis,
-        access=sorted(taker.access, key=lambda a: (a["group"], a["resource"], a["verb"])),
-        objects=taker.objects,
-        unreadable=taker.unreadable,
-        probes=dict(probes or {}),
+    taker = Taker(api, place)
+    taker.ask(
+        taker.version_of_server,
+        taker.definitions,
+        taker.rights,
+        taker.nodes,
+        taker.makers,
+        taker.operators,
+        taker.services,
+        *taker.bounds(),
     )
+    return taker.snapshot(clock_offset=_clock_offset(api), probes=probes)
 
 
-class _Taker:
-    """Collects the answers of many threads; each writes keys of its own."""
+class Taker:
+    """Asks for one part after the other, or many at once: each writes keys of its own."""
 
-    def __init__(self, api: Reader, place: ClusterPlace) -> None:
-        self.api, self.place = api, place
+    def __init__(self, api: Reader, place: ClusterPlace, *, patience: float = PATIENCE) -> None:
+        """`patience`: seconds that the API server may be away."""
+        self.api, self.place, self.patience = api, place, patience
         self.version = ""
         self.apis: dict[str, Sequence[str]] = {}
         self.access: list[Json] = []
         self.objects: dict[str, Sequence[Json]] = {}
         self.unreadable: dict[str, str] = {}
+        self._here = f"/namespaces/{place.namespace}"
 
-    def looks(self) -> Iterable[Callable[[], object]]:
-        here = f"/namespaces/{self.place.namespace}"
-        running = {"fieldSelector": "status.phase!=Succeeded,status.phase!=Failed"}
-        yield self._version
-        yield self._apis
-        yield self._rights
-        yield lambda: self._list("nodes", "/api/v1/nodes")
+    def ask(self, *parts: Callable[[], object]) -> None:
+        """All these parts at once. Raises Unreachable."""
+        with ThreadPoolExecutor(max_workers=8, thread_name_prefix="snapshot") as pool:
+            for future in [pool.submit(part) for part in parts]:
+                future.result()
+
+    def snapshot(self, *, clock_offset: float | None = None, probes: Mapping[str, Json] | None = None) -> Snapshot:
+        """What has been asked for so far."""
+        return Snapshot(
+            namespace=self.place.namespace,
+            taken=time.time(),
+            version=self.version,
+            clock_offset=clock_offset,
+            apis=self.apis,
+            access=sorted(self.access, key=lambda a: (a["group"], a["resource"], a["verb"])),
+            objects=self.objects,
+            unreadable=self.unreadable,
+            probes=dict(probes or {}),
+        )
+
+    def nodes(self) -> None:
+        """The nodes, as they are."""
+        self._list("nodes", "/api/v1/nodes")
+
+    def makers(self) -> None:
+        """What may make nodes: Karpenter's pools, and the mark that a cluster autoscaler leaves."""
+        try:
+            versions = [v["version"] for v in self._ask("/apis/karpenter.sh").get("versions") or ()]
+        except ApiStatus:
+            self.objects["nodepools"] = []  # it is not installed
+        except PreflightError as error:
+            self.unreadable["nodepools"] = str(error)
+        else:
+            if "v1" in versions:
+                self._list("nodepools", "/apis/karpenter.sh/v1/nodepools")
+            else:
+                self.unreadable["nodepools"] = f"karpenter.sh is there in {', '.join(versions)}, expected v1"
+        self._one("autoscalers", "/api/v1/namespaces/kube-system/configmaps/cluster-autoscaler-status")
+
+    def bounds(self) -> Iterable[Callable[[], object]]:
+        """What else decides whether a pod is admitted and placed: a part each."""
+        here, running = self._here, {"fieldSelector": "status.phase!=Succeeded,status.phase!=Failed"}
         yield lambda: self._list("pods", "/api/v1/pods", running)
         yield lambda: self._one("namespaces", f"/api/v1{here}")
         yield lambda: self._list("resourcequotas", f"/api/v1{here}/resourcequotas")
         yield lambda: self._list("limitranges", f"/api/v1{here}/limitranges")
         yield self._claims
         yield lambda: self._list("storageclasses", "/apis/storage.k8s.io/v1/storageclasses")
-        yield lambda: self._list("services", f"/api/v1{here}/services")
-        yield lambda: self._list("deployments", f"/apis/apps/v1{here}/deployments")
-        yield self._operator
-        yield lambda: self._one("serviceaccounts", f"/api/v1{here}/serviceaccounts/{self.place.service_account}")
+        yield lambda: self._list("serviceaccounts", f"/api/v1{here}/serviceaccounts")
         if self.place.priority_class:
             name = self.place.priority_class
             yield lambda: self._one("priorityclasses", f"/apis/scheduling.k8s.io/v1/priorityclasses/{name}")
         if self.place.env_secrets or self.place.image_pull_secrets:
             yield self._secrets
 
-    def _ask(self, path: str, query: Mapping[str, str] | None = None) -> Json:
-        return self.api.request("GET", path, query=query, patience=PATIENCE)
+    def services(self) -> None:
+        """What pods talk to in the namespace."""
+        self._list("services", f"/api/v1{self._here}/services")
+        self._list("deployments", f"/apis/apps/v1{self._here}/deployments")
 
-    def _version(self) -> None:
+    def operators(self) -> None:
+        """Who acts on PyTorchJobs."""
+        selector = {"labelSelector": "control-plane=kubeflow-training-operator"}
+        self._list("operators", "/apis/apps/v1/deployments", selector)
+
+    def _ask(self, path: str, query: Mapping[str, str] | None = None) -> Json:
+        return self.api.request("GET", path, query=query, patience=self.patience)
+
+    def version_of_server(self) -> None:
+        """Its version."""
         # Also where a cluster that does not answer ends the whole look.
         self.version = str(self._ask("/version").get("gitVersion", ""))
 
-    def _apis(self) -> None:
+    def definitions(self) -> None:
+        """Which kinds are defined, of those that matter; and Kueue's queues."""
         for group in self._ask("/apis").get("groups") or ():
             if group["name"] not in API_GROUPS:
                 continue
@@ -187,14 +229,11 @@ class _Taker:
                 with contextlib.suppress(ApiStatus):
                     found = self._ask(f"/apis/{version}").get("resources") or ()
                     self.apis[version] = sorted(r["name"] for r in found if "/" not in r["name"])
-        here = f"/namespaces/{self.place.namespace}"
-        if "nodepools" in self.apis.get("karpenter.sh/v1", ()):
-            self._list("nodepools", "/apis/karpenter.sh/v1/nodepools")
         for version in ("kueue.x-k8s.io/v1beta2", "kueue.x-k8s.io/v1beta1"):
             if "localqueues" in self.apis.get(version, ()) and "localqueues" not in self.objects:
-                self._list("localqueues", f"/apis/{version}{here}/localqueues")
+                self._list("localqueues", f"/apis/{version}{self._here}/localqueues")
 
-    def _rights(self) -> None:
+    def rights(self) -> None:
         """One question for all rules of the namespace; one by one where the server cannot list them."""
         body = {
             "apiVersion": "authorization.k8s.io/v1",
@@ -204,7 +243,7 @@ class _Taker:
         path = "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews"
         status: Json = {"incomplete": True}
         with contextlib.suppress(ApiStatus, PreflightError, GiveUp):
-            status = self.api.request("POST", path, body=body, patience=PATIENCE).get("status") or status
+            status = self.api.request("POST", path, body=body, patience=self.patience).get("status") or status
         for right in RIGHTS:
             if right.cluster_wide or status.get("incomplete"):  # rules do not tell how wide their binding is
                 self._may(right)
@@ -226,7 +265,7 @@ class _Taker:
         }
         path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
         try:
-            status = self.api.request("POST", path, body=body, patience=PATIENCE).get("status") or {}
+            status = self.api.request("POST", path, body=body, patience=self.patience).get("status") or {}
         except Unreachable:
             raise
         except (StepError, ApiStatus) as error:
@@ -272,11 +311,6 @@ class _Taker:
         claim = next((c for c in self.objects.get(claims, ()) if c["metadata"]["name"] == self.place.state_claim), None)
         if claim is not None and (volume := (claim.get("spec") or {}).get("volumeName")):
             self._one("persistentvolumes", f"/api/v1/persistentvolumes/{urllib.parse.quote(volume)}")
-
-    def _operator(self) -> None:
-        self._list(
-            "operators", "/apis/apps/v1/deployments", {"labelSelector": "control-plane=kubeflow-training-operator"}
-        )
 
     def _secrets(self) -> None:
         """Names and types of the Secrets that the place names; what they hold is dropped at once."""

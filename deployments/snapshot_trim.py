@@ -142,4 +142,5 @@ TRIMS: Mapping[str, Callable[[Mapping[str, Any]], Json]] = {
     "secrets": _secret,
     "nodepools": _node_pool,
     "localqueues": _namespace,
+    "autoscalers": _namespace,
 }

@@ -2,6 +2,7 @@
 
 It keeps what the Runner relies on (resourceVersion, uid, 409 on a name that is taken, label selectors, watches from a
 version on, finalizers of a foreground deletion) and plays no controller: tests do that, by `on_create` or by hand.
+There are a namespace with what its pods need, and room on each node, so that a preflight has nothing to say.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ Json = dict[str, Any]
 JOBS, TRAININGS = "/apis/batch/v1/namespaces/ns/jobs", "/apis/kubeflow.org/v1/namespaces/ns/pytorchjobs"
 PODS = "/api/v1/namespaces/ns/pods"
 NODES = "/api/v1/nodes"
+NAMESPACES, ACCOUNTS = "/api/v1/namespaces", "/api/v1/namespaces/ns/serviceaccounts"
+CLAIMS = "/api/v1/namespaces/ns/persistentvolumeclaims"
+ROOM = {"cpu": "100000", "memory": "1Pi", "pods": "100000", "nvidia.com/gpu": "8"}
 COLLECTION = re.compile(
     r"(?P<collection>(?:/api/v1|/apis/[^/]+/[^/]+)(?:/namespaces/[^/]+)?/[a-z]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>log|status|eviction))?"
@@ -49,6 +53,7 @@ class KubeFake:
         self.requests: list[tuple[str, str]] = []
         self.foreground: set[str] = set()  # collections whose deletions wait for `finish_deletion`
         self.missing: set[str] = set()  # collections that are not defined
+        self.groups: dict[str, dict[str, list[str]]] = {}  # further API groups: version -> plurals
         self.cut_after = 0  # a watch is cut after so many events, once
         self.duplicates = False
         self.oldest = 0  # watches from before this version get 410
@@ -58,6 +63,11 @@ class KubeFake:
         self._server: ThreadingHTTPServer | None = None
         self._sockets: set[socket.socket] = set()
         self.port = 0
+        self.put(NAMESPACES, {"metadata": {"name": "ns"}, "status": {"phase": "Active"}})
+        for account in ("reprise-step", "reprise-deploy", "reprise-serve"):
+            self.put(ACCOUNTS, {"metadata": {"name": account, "namespace": "ns"}})
+        bound = {"spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Bound"}}
+        self.put(CLAIMS, {"metadata": {"name": "reprise", "namespace": "ns"}, **bound})
 
     # --- life
 
@@ -147,6 +157,8 @@ class KubeFake:
             item = copy.deepcopy(item)
             item["metadata"].setdefault("uid", f"uid-{collection.rsplit('/', 1)[1]}-{name}-{self.version}")
             item["metadata"].setdefault("creationTimestamp", timestamp())
+            if collection == NODES:
+                item.setdefault("status", {}).setdefault("allocatable", ROOM)
             self._record(collection, kind, item)
             there[name] = item
             return copy.deepcopy(item)
@@ -237,7 +249,8 @@ class KubeFake:
                     if answer is not None:
                         return self._answer(http, *answer)
         found = COLLECTION.fullmatch(url.path)
-        assert found is not None, url.path
+        if found is None:
+            return self._discovery(http, url.path)
         collection, name, sub = found["collection"], found["name"], found["sub"]
         if collection in self.missing:
             return self._answer(http, 404, {"message": "404 page not found"})
@@ -265,6 +278,21 @@ class KubeFake:
         if made is not None and collection in self.on_create:
             threading.Thread(target=self.on_create[collection], args=(made,), daemon=True).start()
 
+    def _discovery(self, http: BaseHTTPRequestHandler, path: str) -> None:
+        """What is defined; no group but Kubeflow's and what `groups` says."""
+        groups = {"kubeflow.org": {"v1": ["pytorchjobs"]}, **self.groups}
+        if path == "/version":
+            return self._answer(http, 200, {"gitVersion": "v1.36.2"})
+        if path == "/apis":
+            made = [{"name": g, "versions": [{"groupVersion": f"{g}/{v}"} for v in vs]} for g, vs in groups.items()]
+            return self._answer(http, 200, {"groups": made})
+        group, _, version = path.removeprefix("/apis/").partition("/")
+        if not path.startswith("/apis/") or group not in groups or version not in ("", *groups[group]):
+            return self._answer(http, 404, {"message": "404 page not found"})
+        if version:
+            return self._answer(http, 200, {"resources": [{"name": name} for name in groups[group][version]]})
+        return self._answer(http, 200, {"versions": [{"version": v} for v in groups[group]]})
+
     def _create(self, http: BaseHTTPRequestHandler, collection: str, body: Json) -> Json | None:
         name = body["metadata"]["name"]
         if self.has(collection, name):
@@ -290,7 +318,7 @@ class KubeFake:
 
     def _list(self, http: BaseHTTPRequestHandler, collection: str, query: dict[str, str]) -> None:
         items = [i for i in self.objects.get(collection, {}).values() if _selected(i, query)]
-        if field := query.get("fieldSelector"):
+        if (field := query.get("fieldSelector", "")).startswith("involvedObject"):
             wanted = dict(part.split("=", 1) for part in field.split(","))
             items = [i for i in items if i.get("involvedObject", {}).get("name") == wanted["involvedObject.name"]]
         start, limit = int(query.get("continue") or 0), int(query.get("limit") or 500)

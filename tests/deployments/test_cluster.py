@@ -13,7 +13,6 @@ from deployments.cluster import Cluster
 from deployments.errors import GiveUp, PreflightError, Unreachable
 from deployments.kube_api import connect
 from deployments.manifests import ClusterPlace
-from deployments.preflight_findings import Finding
 from deployments.workload import Outcome, Runner, Workload
 from tests.deployments.kube_fake import JOBS, NODES, PODS, TRAININGS, KubeFake, timestamp
 
@@ -601,49 +600,3 @@ def test_an_error_of_the_listener_leaves_the_workload_running(kube: KubeFake, cl
     with pytest.raises(KeyboardInterrupt):
         cluster.run(step(), on_line=refuse)
     assert kube.has(JOBS, NAME)
-
-
-def guarded(kube: KubeFake, tmp_path: Path) -> Cluster:
-    api = connect(kubeconfig=kube.kubeconfig(tmp_path), patience=6.0)
-    (tmp_path / "guarded").mkdir()
-    return Cluster(PLACE, api=api, state=tmp_path / "guarded", guard=True)
-
-
-def test_a_guard_refuses_before_anything_is_made(
-    kube: KubeFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuses(api: Any, workload: Workload, place: ClusterPlace) -> list[Finding]:
-        raise PreflightError(f"{workload.name} has no place in {place.namespace}")
-
-    monkeypatch.setattr("deployments.preflight.guard", refuses)
-    place = guarded(kube, tmp_path)
-    try:
-        with pytest.raises(PreflightError, match=f"{NAME} has no place in ns"):
-            place.run(step())
-        assert kube.count("POST", "jobs") == 0
-    finally:
-        place.close()
-        place.api.close()
-
-
-def test_a_guard_tells_its_warnings_and_leaves_alone_what_is_there(
-    kube: KubeFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def warns(api: Any, workload: Workload, place: ClusterPlace) -> list[Finding]:
-        asked.append(workload.name)
-        return [Finding(what="image", verdict="WARN", found="a tag", fix="name the digest")]
-
-    monkeypatch.setattr("deployments.preflight.guard", warns)
-    kube.on_create[JOBS] = lambda job: succeed(kube, job, document={"ok": True})
-    lines: list[str] = []
-    place = guarded(kube, tmp_path)
-    try:
-        assert place.run(step(), on_line=lines.append).cause == "complete"
-        assert "cluster: preflight: image: a tag; name the digest" in lines
-        assert place.run(step()).adopted
-        assert asked == [NAME]
-    finally:
-        place.close()
-        place.api.close()
