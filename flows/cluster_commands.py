@@ -76,7 +76,7 @@ def show_render(order: Order, *, step: str = "") -> None:
 def show_gpu_use(order: Order, *, prometheus: str = "", minutes: float = 60.0, as_json: bool) -> None:
     """`reprise gpu`: use by run. Raises ConfigError without a Prometheus, Unreachable if it does not answer."""
     from flows.gpu_use import Prometheus, gpu_uses, runs_of_pods, show_gpu
-    from tasks.train_model import progress_of
+    from tasks.attempts import progress_of
 
     url = prometheus or os.environ.get("PROMETHEUS_URL", "")
     if not url:

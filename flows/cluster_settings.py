@@ -18,8 +18,9 @@ from pydantic import BeforeValidator, Field, field_validator
 from deployments.manifests import FORBIDDEN_TOLERATION, NOTICE_SECONDS, ClusterPlace
 from deployments.workload import Resources
 from flows.place_settings import StepResources, kind_of, read_place
-from flows.setting_types import Count, Duration, Section, as_tuple
+from flows.setting_types import Count, CountOrZero, Duration, Section, as_tuple
 from flows.settings_errors import check
+from tasks.capacity import CapacityPolicy
 
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(as_tuple)]
@@ -98,6 +99,20 @@ class ClusterSpot(Section):
 
     train: bool = True  # trainings go to spot capacity; false: on-demand
     grace: Duration = 90.0  # seconds from SIGTERM to SIGKILL
+    fallback: bool = True  # the next attempt asks for on-demand where spot fails the training
+    fallback_after: CountOrZero = 3  # interruptions on spot; 0: they alone are never a reason
+    wait: Duration = 900.0  # seconds until an attempt without a node is given up; 0: never
+    margin: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5  # time to the deadline / training left
+
+    def policy(self) -> CapacityPolicy:
+        """As the loop over attempts takes it."""
+        return CapacityPolicy(
+            spot=self.train,
+            fallback=self.fallback,
+            fallback_after=self.fallback_after,
+            start_seconds=self.wait or None,
+            margin=self.margin,
+        )
 
     @field_validator("grace")
     @classmethod
@@ -144,14 +159,20 @@ class ClusterResources(StepResources):
 
     def wanted(self) -> Resources:
         """As manifests take them."""
-        return Resources(**self.model_dump())
+        return Resources(**self.model_dump(include=set(ClusterResources.model_fields)))
+
+
+class TrainResources(ClusterResources):
+    """[resources.train_model]: of each node's pod, and how many of those."""
+
+    nodes: Count = 1  # share [train] workers evenly; with several, the first holds the rendezvous on on-demand capacity
 
 
 class ClusterResourceSettings(Section):
     """[resources]: by step; `serve` is each pod of the served model."""
 
     pull_data: ClusterResources = ClusterResources()
-    train_model: ClusterResources = ClusterResources()
+    train_model: TrainResources = TrainResources()
     register_model: ClusterResources = ClusterResources()
     package_model: ClusterResources = ClusterResources()
     check_endpoint: ClusterResources = ClusterResources()

@@ -32,7 +32,8 @@ from flows.program import run_program
 from flows.run import Run
 from flows.start import run_title
 from flows.training_progress import training_progress
-from tasks.train_model import TrainedModel, progress_of
+from tasks.attempts import progress_of
+from tasks.train_model import TrainedModel
 
 GRACE_SECONDS = 25.0  # Prefect kills a cancelled flow 30 s after it was told
 

@@ -24,7 +24,7 @@ from flows.project import Project
 from flows.requests import spec_of
 from flows.settings import PipelineSettings
 from flows.settings_errors import did_you_mean
-from tasks.train_model import TrainRequest, attempt_workload
+from tasks.train_model import TrainRequest, attempt_workload, first_attempt
 
 RENDERED = (*STEPS, "write_report")
 VERSION, NO_DIGEST = "1", "0" * 64  # what register_model and package_model will give is not known yet
@@ -108,12 +108,13 @@ def _training(asked: Rendering) -> Workload:
         spec=spec,
         experiment=asked.pipeline.name,
         workers=train.workers,
+        nodes=asked.cluster.resources.train_model.nodes,
         deadline_seconds=train.deadline,
-        spot=asked.cluster.spot.train,
+        capacity=asked.cluster.spot.policy(),
         grace_seconds=asked.cluster.spot.grace,
         resources=_resources(asked, "train_model"),
     )
-    return attempt_workload(request, spec)
+    return attempt_workload(request, spec, [first_attempt(request, now=0.0)])
 
 
 def _step(asked: Rendering, step: str) -> Workload:

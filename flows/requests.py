@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from deployments.workload import Resources
+from flows.cluster_settings import ClusterResources, ClusterSpot, TrainResources
+from flows.place_settings import StepResources
 from flows.plan import code_files
 from flows.project import Project
 from flows.run import Run
 from flows.settings import PipelineSettings
+from tasks.capacity import CapacityPolicy
 from tasks.check_endpoint import CheckRequest
 from tasks.deploy_model import DeployRequest, Endpoint
 from tasks.package_model import PackagedModel, PackageRequest
@@ -107,17 +110,19 @@ def spec_of(
 def train(run: Run, data: PulledData) -> TrainRequest:
     """The training on that data, and how it is run."""
     plan, settings = run.plan, run.plan.pipeline.train
-    resources = plan.place.resources.train_model
+    spot, resources = plan.place.spot, plan.place.resources.train_model
     return TrainRequest(
         spec=train_spec(run, data),
         experiment=plan.pipeline.name,
         workers=settings.workers,
+        nodes=resources.nodes if isinstance(resources, TrainResources) else 1,
         interruptions=settings.interruptions,
         errors=settings.errors,
         deadline_seconds=settings.deadline,
         since=run.document["budget_since"],
-        grace_seconds=plan.place.spot.grace,
-        resources=Resources(cpus=resources.cpus, memory=resources.memory, gpus=resources.gpus, shm=resources.shm or ""),
+        capacity=spot.policy() if isinstance(spot, ClusterSpot) else CapacityPolicy(),
+        grace_seconds=spot.grace,
+        resources=wanted_of(resources),
         tags={
             "reprise.git_sha": plan.git_sha,
             "reprise.data_digest": plan.data.digest,
@@ -125,6 +130,13 @@ def train(run: Run, data: PulledData) -> TrainRequest:
             "reprise.run": run.id,
         },
     )
+
+
+def wanted_of(resources: StepResources) -> Resources:
+    """What a step asks of its place."""
+    if isinstance(resources, ClusterResources):
+        return resources.wanted()
+    return Resources(cpus=resources.cpus, memory=resources.memory, gpus=resources.gpus, shm=resources.shm or "")
 
 
 def exported_code(run: Run) -> Path:

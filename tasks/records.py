@@ -57,7 +57,8 @@ class Attempt:
     notice_to_saved: float | None = None  # seconds
     idle_seconds: float = 0.0  # since the previous attempt ended
     node: str = ""
-    capacity: str = ""  # spot | on-demand
+    capacity: str = ""  # spot | on-demand: asked for, and once it had a node that node's
+    asked: str = ""  # why that capacity was asked for; empty where the place has one kind only
 
 
 @dataclass(frozen=True, kw_only=True)

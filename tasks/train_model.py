@@ -7,20 +7,22 @@ function, calling it again adopts the running attempt or resumes from the newest
 
     train_model(TrainRequest(...), runner=Laptop(...), store=Store(...))
 
-Not covered: the trainer itself (training.launch, training.train), where it runs (the Runner).
+An attempt that found no node in time spends neither budget; the deadline bounds how often that may happen.
+Not covered: the trainer itself (training.launch, training.train), where it runs (the Runner), spot or on-demand
+(capacity.py), a row of the ledger (attempts.py).
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from deployments.errors import ConfigError, GiveUp, TryAgain
 from deployments.workload import INTERRUPTIONS, Outcome, Resources, Runner, Workload
+from tasks.attempts import close_attempt, open_attempt, progress_of
+from tasks.capacity import SPOT, CapacityPolicy, Choice, choose, seconds_left
 from tasks.records import Attempt, Store
 from training.progress import EVERY
 from training.spec import EXIT_BAD_SPEC, EXIT_NO_GOOD_CHECKPOINT, TrainResult, TrainSpec
@@ -46,15 +48,23 @@ class TrainRequest:
 
     spec: TrainSpec
     experiment: str  # MLflow experiment: the pipeline's name
-    workers: int = 1  # processes, data parallel
+    workers: int = 1  # processes over all nodes, data parallel
+    nodes: int = 1  # that share the workers evenly
     interruptions: int = 20  # budget
     errors: int = 2  # budget
     deadline_seconds: float | None = None  # wall clock over all attempts
     since: float = 0.0  # unix seconds: budgets and deadline count from here; a person's resume renews them
-    spot: bool = True
+    capacity: CapacityPolicy = field(default_factory=CapacityPolicy)
     grace_seconds: float = 30.0
     resources: Resources = field(default_factory=Resources)
     tags: dict[str, str] = field(default_factory=dict)  # lineage, on the MLflow run
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.workers % self.nodes:
+            raise ConfigError(
+                f"{self.workers} workers ([train] workers) on {self.nodes} nodes ([resources.train_model] nodes): "
+                "expected a number of workers that the nodes share evenly"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +101,12 @@ def train_model(
         while not (result := _finished(spec)):
             attempts = store.attempts(spec.key)
             _check_budgets(request, attempts)
-            attempts = _open_attempt(attempts, request)
+            attempts = _next_attempt(request, attempts, on_line or (lambda line: None))
             store.write_attempts(spec.key, attempts)
             if on_attempts:
                 on_attempts(attempts)
-            outcome = runner.run(attempt_workload(request, replace(spec, attempt=attempts[-1].number)), on_line=on_line)
-            attempts = [*attempts[:-1], _close_attempt(attempts[-1], outcome, spec)]
+            outcome = runner.run(attempt_workload(request, spec, attempts), on_line=on_line)
+            attempts = [*attempts[:-1], close_attempt(attempts[-1], outcome, spec.progress)]
             store.write_attempts(spec.key, attempts)
             if on_attempts:
                 on_attempts(attempts)
@@ -190,96 +200,66 @@ def _check_budgets(request: TrainRequest, attempts: list[Attempt]) -> None:
             f"training {request.spec.key[:12]}: the trainer exited 0 without being complete {len(idle)} times; "
             "its manifest never reached the last step: look at its log"
         )
-    began = attempts[0].started if attempts else time.time()
+    began = _began(request, attempts, now=time.time())
     if request.deadline_seconds is not None and time.time() - began > request.deadline_seconds:
         raise GiveUp(
             f"training {request.spec.key[:12]}: not done within [train] deadline = {request.deadline_seconds:g} s"
         )
 
 
-def _open_attempt(attempts: list[Attempt], request: TrainRequest) -> list[Attempt]:
-    """The attempt to run now: the last one if it was left open by a killed flow, otherwise a new row."""
+def _next_attempt(request: TrainRequest, attempts: list[Attempt], say: Callable[[str], None]) -> list[Attempt]:
+    """The ledger with the attempt to run now: the last row if a killed flow left it open, otherwise a new one."""
     if attempts and attempts[-1].ended is None:
         return attempts
-    last = attempts[-1] if attempts else None
-    now = time.time()
-    row = Attempt(
-        number=last.number + 1 if last else 1,
-        started=now,
-        from_step=last.to_step if last else 0,
-        idle_seconds=round(now - last.ended, 3) if last and last.ended else 0.0,
-        capacity="spot" if request.spot else "on-demand",
-    )
+    row = open_attempt(attempts, _choice(request, attempts, now=time.time()), now=time.time())
+    if row.asked:
+        say(f"training {request.spec.key[:12]}: attempt {row.number} asks for {row.capacity}: {row.asked}")
     return [*attempts, row]
 
 
-def attempt_workload(request: TrainRequest, spec: TrainSpec) -> Workload:
-    """One attempt of a training, as a place runs it."""
+def first_attempt(request: TrainRequest, *, now: float) -> Attempt:
+    """The row of an attempt that none came before. Unix seconds."""
+    return open_attempt((), _choice(request, [], now=now), now=now)
+
+
+def _choice(request: TrainRequest, attempts: list[Attempt], *, now: float) -> Choice:
+    """The capacity of the attempt after these; the ledger before a person's resume does not count."""
+    until = left = None
+    if request.deadline_seconds is not None and request.capacity.fallback:
+        until = _began(request, attempts, now=now) + request.deadline_seconds
+        lines = progress_of(request.spec.progress)
+        left = seconds_left(lines, attempts[-1].to_step if attempts else 0)
+    recent = [a for a in attempts if a.started >= request.since]
+    return choose(request.capacity, recent, now=now, until=until, left=left)
+
+
+def _began(request: TrainRequest, attempts: list[Attempt], *, now: float) -> float:
+    """Since when the deadline counts."""
+    return next((a.started for a in attempts if a.started >= request.since), now)
+
+
+def attempt_workload(request: TrainRequest, spec: TrainSpec, attempts: list[Attempt]) -> Workload:
+    """The last of these attempts as a place runs it. The same rows give the same workload, so that it is adopted."""
+    row, before = attempts[-1], attempts[:-1]
+    per_node = request.workers // request.nodes
+    deadline = request.deadline_seconds
+    if deadline is not None:
+        deadline = max(1.0, deadline - (row.started - _began(request, attempts, now=row.started)))
     return Workload(
-        name=f"train-{spec.key[:12]}-{spec.attempt}",
+        name=f"train-{spec.key[:12]}-{row.number}",
         image="train",
-        command=("python", "-m", "training.launch", "--spec", "{request}", "--processes", str(request.workers)),
-        request=asdict(spec),
+        command=("python", "-m", "training.launch", "--spec", "{request}", "--processes", str(per_node)),
+        request=asdict(replace(spec, attempt=row.number)),
         env={"REPRISE_PROGRESS": spec.progress, EVERY: "0.1", "OMP_NUM_THREADS": str(spec.threads)},
         resources=request.resources,
-        processes=request.workers,
-        spot=request.spot,
+        replicas=request.nodes,
+        processes=per_node,
+        spot=row.capacity == SPOT,
         grace_seconds=request.grace_seconds,
-        deadline_seconds=request.deadline_seconds,
+        deadline_seconds=deadline,
+        start_seconds=_choice(request, before, now=row.started).start_seconds,
         labels={"pipeline": spec.pipeline, "step": "train_model", "key": spec.key[:12]},
     )
-
-
-def _close_attempt(attempt: Attempt, outcome: Outcome, spec: TrainSpec) -> Attempt:
-    """Fill the row from what the trainer said of this attempt; what it did not say stays at its default."""
-    lines = [e for e in progress_of(spec.progress) if float(e.get("time", 0)) >= attempt.started]
-    committed = [int(e["step"]) for e in lines if e.get("event") in ("checkpoint", "saved", "resumed", "complete")]
-    reached = [int(e["step"]) for e in lines if "step" in e]
-    resumed = [int(e["step"]) for e in lines if e.get("event") == "resumed"]
-    saved = [float(e["time"]) for e in lines if e.get("event") == "saved"]
-    restarts = sum(e.get("event") == "restarted" for e in lines)
-    again = f"; workers started again {restarts} times within it" if restarts else ""
-    from_step = resumed[0] if resumed else attempt.from_step
-    return replace(
-        attempt,
-        ended=outcome.ended,
-        cause=outcome.cause,
-        reason=_why(outcome) + again,
-        exit_code=outcome.exit_code,
-        from_step=from_step,
-        to_step=max([from_step, *committed]),
-        reached_step=max([from_step, *reached]),
-        notice_to_saved=round(saved[-1] - outcome.notice, 3) if saved and outcome.notice else None,
-        node=outcome.node,
-        capacity=outcome.capacity or attempt.capacity,
-    )
-
-
-def progress_of(path: str) -> list[dict[str, Any]]:
-    """The trainer's JSON lines over all attempts. A line cut by a kill is left out."""
-    lines: list[dict[str, Any]] = []
-    try:
-        text = Path(path).read_text()
-    except FileNotFoundError:
-        return lines
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-def _why(outcome: Outcome) -> str:
-    """The trainer's own last word, where it had one."""
-    if outcome.cause != "user_error" or not outcome.log:
-        return outcome.reason
-    try:
-        lines = Path(outcome.log).read_text(errors="replace").splitlines()
-    except OSError:
-        return outcome.reason
-    said = [line.partition(": exit ")[2] for line in lines if line.startswith("training.launch: exit ")]
-    return f"exit {said[-1]}; its log is {outcome.log}" if said else f"{outcome.reason}; its log is {outcome.log}"
 
 
 def _stop_or_go_on(outcome: Outcome, attempt: Attempt, spec: TrainSpec) -> None:

@@ -11,6 +11,7 @@ from deployments.errors import ConfigError
 from deployments.manifests import ClusterPlace
 from deployments.workload import Resources
 from flows.cluster_settings import ClusterResourceSettings, load_cluster
+from tasks.capacity import CapacityPolicy
 
 LEAST = '[place]\nkind = "cluster"\n[images]\nstep = "r/step:1"\ntrain = "r/train:1"\n'
 
@@ -113,4 +114,21 @@ def test_a_laptop_is_no_cluster(tmp_path: Path) -> None:
         load_cluster("laptop", tmp_path)
     (tmp_path / "cluster.toml").write_text('[place]\nkind = "cloud"\n')
     with pytest.raises(ConfigError, match=r'kind = "cloud": expected "laptop" or "cluster"'):
+        load_cluster("cluster", tmp_path)
+
+
+def test_the_policy_of_the_spot_market(tmp_path: Path) -> None:
+    (tmp_path / "cluster.toml").write_text(LEAST)
+    assert load_cluster("cluster", tmp_path).spot.policy() == CapacityPolicy(
+        spot=True, fallback=True, fallback_after=3, start_seconds=900.0, margin=1.5
+    )
+    told = '[spot]\ntrain = false\nfallback = false\nfallback_after = 0\nwait = "0s"\nmargin = 2.0\n'
+    (tmp_path / "cluster.toml").write_text(f"{LEAST}{told}[resources.train_model]\nnodes = 4\n")
+    other = load_cluster("cluster", tmp_path)
+    assert other.spot.policy() == CapacityPolicy(
+        spot=False, fallback=False, fallback_after=0, start_seconds=None, margin=2.0
+    )
+    assert other.resources.train_model.nodes == 4 and other.resources.by_step()["train_model"] == Resources()
+    (tmp_path / "cluster.toml").write_text(f"{LEAST}[spot]\nmargin = 0.5\n[resources.pull_data]\nnodes = 2\n")
+    with pytest.raises(ConfigError, match=r"(?s)margin.*nodes"):
         load_cluster("cluster", tmp_path)
