@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from deployments.manifests import (
     WORKLOAD_LABEL,
     Manifest,
     labels_of,
+    manifest,
 )
 from deployments.node_memory import NodeMemory
 from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
@@ -126,7 +127,8 @@ class ClusterRun:
         """Refuse what could never be placed before it is made. Raises PreflightError.
 
         What is there already is past that. So is what has had a place before, as an earlier attempt or in another life:
-        a node that was taken comes back, and until then there may be none.
+        a node that was taken comes back, and until then there may be none. Who waits for so long only has another kind
+        of capacity in mind for the next attempt.
         """
         guard, mine = self.cluster.guard, labels_of(self.workload)
         if guard is None or self.uid:
@@ -134,7 +136,11 @@ class ClusterRun:
         identity = KEY_LABEL if mine.get(KEY_LABEL) else WORKLOAD_LABEL
         if mine[identity] in self.objects.values_of(identity):
             return
-        for finding in guard.check(self.wanted):
+        patient = self.workload.start_seconds is None
+        other = (
+            None if patient else manifest(replace(self.workload, spot=not self.workload.spot), self.cluster.settings)
+        )
+        for finding in guard.check(self.wanted, otherwise=other):
             self.feed.say(f"preflight: {finding.what}: {finding.found}; {finding.fix}")
 
     def _left_over(self) -> bool:

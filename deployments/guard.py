@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from deployments.kube_api import KubeApi
@@ -51,10 +52,11 @@ class Guard:
         self._seen: Snapshot | None = None
         self._at = 0.0
 
-    def check(self, made: Mapping[str, Any]) -> list[Finding]:
+    def check(self, made: Mapping[str, Any], *, otherwise: Mapping[str, Any] | None = None) -> list[Finding]:
         """Refuse a Job or PyTorchJob whose pods could never be placed. Returns what it will have to wait for.
 
-        Raises PreflightError, or Unreachable if the API stays away for the connection's patience.
+        `otherwise`: what is asked for after a while if this finds no place; while that could have one, nothing is
+        refused. Raises PreflightError, or Unreachable if the API stays away for the connection's patience.
         """
         with self._lock:
             if self._seen is not None and time.monotonic() - self._at < BELIEVED:
@@ -66,7 +68,12 @@ class Guard:
             taker.nodes()
             if failures(look_at_places(case_of(made, taker.snapshot(), self.place))):
                 taker.makers()
-                refuse(look_at_places(case_of(made, taker.snapshot(), self.place)))
+                found = failures(look_at_places(case_of(made, taker.snapshot(), self.place)))
+                if found and otherwise is not None:
+                    second = case_of(otherwise, taker.snapshot(), self.place)
+                    if not failures(look_at_places(second)):
+                        return [replace(f, verdict="WARN") for f in found]
+                refuse(found)
                 taker.ask(taker.operators, *taker.bounds())
             else:
                 taker.ask(taker.makers, taker.operators, *taker.bounds())

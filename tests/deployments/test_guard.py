@@ -39,7 +39,9 @@ def node(kube: KubeFake, name: str = "n1", **allocatable: str) -> None:
 
 def pool(kube: KubeFake, **spec: Any) -> None:
     kube.groups["karpenter.sh"] = {"v1": ["nodepools"]}
-    kube.put(POOLS, {"metadata": {"name": "gpu-spot"}, "spec": {"template": {"spec": {"requirements": [CAPACITY]}}, **spec}})
+    kube.put(
+        POOLS, {"metadata": {"name": "gpu-spot"}, "spec": {"template": {"spec": {"requirements": [CAPACITY]}}, **spec}}
+    )
 
 
 def mark(kube: KubeFake) -> None:
@@ -175,6 +177,21 @@ def test_a_node_that_was_taken_comes_back_so_a_later_attempt_is_not_refused(
     assert run(kube, cluster, training(2)).cause == "complete"
     with pytest.raises(PreflightError, match="the cluster has no nodes"):
         cluster.run(training(name="train-ba9876543210-1", labels={"key": "ba9876543210"}))
+
+
+def test_an_attempt_that_waits_only_so_long_is_refused_only_where_the_other_capacity_fails_too(
+    kube: KubeFake, cluster: Cluster
+) -> None:
+    node(kube)
+    plain = {"labels": {"karpenter.sh/capacity-type": "on-demand"}}
+    with pytest.raises(PreflightError, match="no node has"):
+        cluster.run(training(start_seconds=0.5))
+    status = {"allocatable": {**NO_GPU, "nvidia.com/gpu": "1"}}
+    kube.put(NODES, {"metadata": {"name": "n2", **plain}, "spec": {}, "status": status})
+    lines: list[str] = []
+    assert cluster.run(training(start_seconds=0.5), on_line=lines.append).cause == "no_capacity"
+    assert any("preflight: " in line for line in lines)
+    assert run(kube, cluster, training(2, spot=False, start_seconds=5.0)).cause == "complete"
 
 
 def test_what_is_there_is_adopted_without_a_look(
