@@ -29,7 +29,8 @@ from deployments.preflight_security import look_at_security
 from deployments.preflight_storage import look_at_claims
 from deployments.snapshot import Snapshot, Taker
 
-LOOKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+Looks = tuple[Callable[[Case], Iterator[Finding]], ...]
+LOOKS: Looks = (
     look_at_operator,
     look_at_security,
     look_at_places,
@@ -60,31 +61,37 @@ class Guard:
         """
         with self._lock:
             if self._seen is not None and time.monotonic() - self._at < BELIEVED:
-                found = self._judge(made, self._seen)
+                found = self._judge(made, self._seen, LOOKS)
                 if not failures(found):
                     return _told(found)
             self._seen = None
-            taker = Taker(self.api, self.place, patience=self.api.patience)
+            taker, places = Taker(self.api, self.place, patience=self.api.patience), (look_at_places,)
             taker.nodes()
-            if failures(look_at_places(case_of(made, taker.snapshot(), self.place))):
+            if failures(self._judge(made, taker.snapshot(), places)):
                 taker.makers()
-                found = failures(look_at_places(case_of(made, taker.snapshot(), self.place)))
-                if found and otherwise is not None:
-                    second = case_of(otherwise, taker.snapshot(), self.place)
-                    if not failures(look_at_places(second)):
-                        return [replace(f, verdict="WARN") for f in found]
-                refuse(found)
+                if waits := self._refuse(made, otherwise, taker.snapshot(), places):
+                    return waits
                 taker.ask(taker.operators, *taker.bounds())
             else:
                 taker.ask(taker.makers, taker.operators, *taker.bounds())
-            self._seen, self._at = taker.snapshot(), time.monotonic()
-            found = self._judge(made, self._seen)
-            refuse(found)
-            return _told(found)
+            seen = taker.snapshot()
+            if waits := self._refuse(made, otherwise, seen, LOOKS):
+                return waits
+            self._seen, self._at = seen, time.monotonic()
+            return _told(self._judge(made, seen, LOOKS))
 
-    def _judge(self, made: Mapping[str, Any], seen: Snapshot) -> list[Finding]:
+    def _refuse(
+        self, made: Mapping[str, Any], otherwise: Mapping[str, Any] | None, seen: Snapshot, looks: Looks
+    ) -> list[Finding]:
+        """Raise for what fails, or return it where `otherwise` does not; [] if nothing fails."""
+        found = failures(self._judge(made, seen, looks))
+        if otherwise is None or failures(self._judge(otherwise, seen, looks)):
+            refuse(found)
+        return [replace(f, verdict="WARN") for f in found]
+
+    def _judge(self, made: Mapping[str, Any], seen: Snapshot, looks: Looks) -> list[Finding]:
         case = case_of(made, seen, self.place)
-        return [finding for look in LOOKS for finding in look(case)]
+        return [finding for look in looks for finding in look(case)]
 
 
 def _told(found: list[Finding]) -> list[Finding]:
