@@ -20,6 +20,7 @@ from flows.prefect_api import FLOW, Prefect
 from flows.project import Project
 from flows.services import service_urls
 from flows.settings import PipelineSettings, PlaceSettings
+from flows.zombies import SILENCE
 
 ENTRYPOINT = "flows.retrain.retrain"
 HEARTBEAT_SECONDS = 30  # the least that Prefect takes
@@ -111,7 +112,7 @@ def _install_automation(prefect: Prefect) -> None:
                 "type": "change-flow-run-state",
                 "state": "CRASHED",
                 "name": "Crashed",
-                "message": f"No heartbeat for {SILENCE_SECONDS} s: its process is gone.",
+                "message": f"{SILENCE} {SILENCE_SECONDS} s: its process is gone.",
             }
         ],
     }

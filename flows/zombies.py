@@ -3,7 +3,10 @@
 A running flow holds a lock that dies with its process (flows.prefect_start); a flow run that Prefect calls running
 while nobody holds its lock is dead. It becomes Crashed, and, if Prefect started it, scheduled once more: it goes on
 where it was. `reprise serve` looks every few seconds; where the flow's machine is another one, Prefect's automation
-marks it by its heartbeats (flows.triggers) and the next look resumes it. Not covered: trainers (flows resume those).
+marks it by its heartbeats (flows.triggers) and the next look resumes it. A server that was away for longer than three
+heartbeats has heard none from the living either, and calls them Crashed: those are put right again. A flow that was
+told to end (`reprise down`, a slot that Prefect took back) has saved and is resumed as often as that happens; one that
+died is resumed once. Not covered: trainers (flows resume those).
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from tasks.records import Store
 
 YOUNG_SECONDS = {"RUNNING": 30.0, "PENDING": 120.0, "CANCELLING": 30.0}  # from a state to the lock, on a busy machine
 FORGOTTEN_SECONDS = 86_400.0  # an older crash is history
-REVIVALS = 1
-Verdict = Literal["leave", "mark", "resume", "cancel"]
+REVIVALS = 1  # of a flow that died without a word: what killed it may kill it again
+RETURNS = 20  # of one that ended in order, so that no loop is for ever
+SILENCE = "No heartbeat for"  # how the automation's message begins
+Verdict = Literal["leave", "mark", "resume", "cancel", "correct"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +34,24 @@ class Sighting:
 
     state: str  # Prefect's state type
     age_seconds: float  # of the state
-    alive: bool  # its lock is held
+    alive: bool  # its lock is held, or its run's by another
+    unheard: bool  # its own lock is held, and the automation called it crashed
     known: bool  # a run document of it exists
     unfinished: bool  # that document says running, or interrupted
+    interrupted: bool  # it wrote interrupted into it itself: it ended in order
     deployed: bool  # Prefect can start it again
-    revivals: int
+    revivals: int  # how often it was resumed after such an end
 
 
 def judge(seen: Sighting) -> Verdict:
     """What to do about a flow run. Pure."""
+    if seen.state == "CRASHED" and seen.unheard:
+        return "correct"
     if seen.alive:
         return "leave"
     if seen.state == "CRASHED":
-        again = seen.deployed and seen.revivals < REVIVALS and seen.age_seconds < FORGOTTEN_SECONDS
+        most = RETURNS if seen.interrupted else REVIVALS
+        again = seen.deployed and seen.revivals < most and seen.age_seconds < FORGOTTEN_SECONDS
         return "resume" if again and (seen.unfinished or not seen.known) else "leave"
     if seen.state not in YOUNG_SECONDS:
         return "leave"
@@ -72,20 +82,41 @@ def sweep(prefect: Prefect, store: Store, deployment: str) -> list[str]:
 
 def _look(store: Store, flow_run: dict[str, Any]) -> Sighting:
     document = run_of(store, flow_run["id"])
-    since = datetime.datetime.fromisoformat(flow_run["state"]["timestamp"])
+    state = flow_run["state"]
+    since = datetime.datetime.fromisoformat(state["timestamp"])
+    lives = store.held(flow_lock(flow_run["id"]))
     return Sighting(
-        state=flow_run["state"]["type"],
+        state=state["type"],
         age_seconds=time.time() - since.timestamp(),
-        alive=store.held(flow_lock(flow_run["id"])) or (document is not None and store.held(f"run-{document['run']}")),
+        alive=lives or (document is not None and store.held(f"run-{document['run']}")),
+        unheard=lives and (state.get("message") or "").startswith(SILENCE),
         known=document is not None,
         unfinished=document is not None and document["status"] in ("running", "interrupted"),
+        interrupted=_interrupted(store, document),
         deployed=bool(flow_run.get("deployment_id")),
-        revivals=int((store.read(f"revivals/{flow_run['id']}") or {}).get("count", 0)),
+        revivals=_revivals(store, flow_run["id"]).get(_kind(_interrupted(store, document)), 0),
     )
+
+
+def _interrupted(store: Store, document: dict[str, Any] | None) -> bool:
+    """Whether the run itself wrote that it was interrupted; of a dead one only readers say so."""
+    return document is not None and (store.read(f"runs/{document['run']}") or {}).get("status") == "interrupted"
+
+
+def _revivals(store: Store, flow_id: str) -> dict[str, int]:
+    return store.read(f"revivals/{flow_id}") or {}
+
+
+def _kind(interrupted: bool) -> str:
+    return "returns" if interrupted else "count"
 
 
 def _act(prefect: Prefect, store: Store, flow_run: dict[str, Any], verdict: Verdict) -> str:
     name, flow_id = flow_run["name"], flow_run["id"]
+    if verdict == "correct":
+        # Forced: it has left a final state. Crashed, it could neither be cancelled nor wait for an approval.
+        prefect.set_state(flow_id, "RUNNING", "Running", "It lives: its heartbeats were not heard.", force=True)
+        return f"{name}: lives, though its heartbeats were not heard; running again"
     if verdict == "cancel":
         prefect.set_state(flow_id, "CANCELLED", "Cancelled", "Its process was gone already.")
         return f"{name}: was gone when it was cancelled"
@@ -94,7 +125,10 @@ def _act(prefect: Prefect, store: Store, flow_run: dict[str, Any], verdict: Verd
         prefect.set_state(flow_id, "CRASHED", "Crashed", "Its process died without a word.")
     if verdict == "mark":
         return f"{name}: its process died; marked as crashed"
-    revivals = int((store.read(f"revivals/{flow_id}") or {}).get("count", 0)) + 1
-    store.write(f"revivals/{flow_id}", {"count": revivals, "at": time.time()})  # first: once, whatever comes
-    prefect.set_state(flow_id, "SCHEDULED", "AwaitingRetry", "Resumed after its process died.", force=True)
-    return f"{name}: its process died; resumed"
+    interrupted = _interrupted(store, run_of(store, flow_id))
+    counted, kind = _revivals(store, flow_id), _kind(interrupted)
+    # Counted first: once, whatever comes.
+    store.write(f"revivals/{flow_id}", {**counted, kind: counted.get(kind, 0) + 1})
+    why = "it was interrupted" if interrupted else "its process died"
+    prefect.set_state(flow_id, "SCHEDULED", "AwaitingRetry", f"Resumed after {why}.", force=True)
+    return f"{name}: {why}; resumed"

@@ -13,15 +13,17 @@ import pytest
 from deployments.errors import TryAgain
 from flows.prefect_api import Prefect
 from flows.prefect_start import flow_lock
-from flows.zombies import FORGOTTEN_SECONDS, YOUNG_SECONDS, Sighting, judge, sweep
+from flows.zombies import FORGOTTEN_SECONDS, RETURNS, SILENCE, YOUNG_SECONDS, Sighting, judge, sweep
 from tasks.records import Store
 
 DEAD: dict[str, Any] = {
     "state": "RUNNING",
     "age_seconds": 40.0,
     "alive": False,
+    "unheard": False,
     "known": True,
     "unfinished": True,
+    "interrupted": False,
     "deployed": True,
     "revivals": 0,
 }
@@ -33,6 +35,7 @@ DEAD: dict[str, Any] = {
         ({}, "resume"),
         ({"alive": True}, "leave"),
         ({"alive": True, "state": "CRASHED"}, "leave"),
+        ({"alive": True, "unheard": True, "state": "CRASHED"}, "correct"),  # the server was away, not the flow
         ({"age_seconds": 3.0}, "resume"),  # it had begun its run: nothing to wait for
         ({"age_seconds": 1.0}, "leave"),
         ({"age_seconds": 3.0, "known": False, "unfinished": False}, "leave"),  # it may be importing still
@@ -45,6 +48,8 @@ DEAD: dict[str, Any] = {
         ({"state": "CANCELLING", "age_seconds": 5.0}, "leave"),
         ({"state": "CRASHED"}, "resume"),
         ({"state": "CRASHED", "revivals": 1}, "leave"),
+        ({"state": "CRASHED", "interrupted": True, "revivals": 5}, "resume"),  # it saved: nothing speaks against it
+        ({"state": "CRASHED", "interrupted": True, "revivals": RETURNS}, "leave"),
         ({"state": "CRASHED", "deployed": False}, "leave"),
         ({"state": "CRASHED", "unfinished": False}, "leave"),  # somebody resumed or cancelled it
         ({"state": "CRASHED", "known": False, "unfinished": False}, "resume"),
@@ -78,11 +83,12 @@ def prefect() -> Prefect:
     return Remembering(url="http://nowhere")
 
 
-def flow_run(name: str, *, state: str = "RUNNING", deployment: str | None = "d1", age: float = 300) -> None:
-    when = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)
-    Remembering.found.append(
-        {"id": name, "name": name, "deployment_id": deployment, "state": {"type": state, "timestamp": when.isoformat()}}
-    )
+def flow_run(
+    name: str, *, state: str = "RUNNING", deployment: str | None = "d1", age: float = 300, message: str | None = None
+) -> None:
+    when = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)).isoformat()
+    now = {"type": state, "timestamp": when, "message": message}
+    Remembering.found.append({"id": name, "name": name, "deployment_id": deployment, "state": now})
 
 
 def document(store: Store, run: str, flow: str, status: str = "running") -> None:
@@ -123,8 +129,24 @@ def test_a_living_one_is_left_alone_though_prefect_lost_sight_of_it(tmp_path: Pa
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "\n"
         assert sweep(prefect, store, "d1") == []
+        flow_run("f1", state="CRASHED", message=f"{SILENCE} 90 s: its process is gone.")
+        assert sweep(prefect, store, "d1") == ["f1: lives, though its heartbeats were not heard; running again"]
+        assert Remembering.moves == [("f1", "Running", True)]
+        Remembering.found.pop()
         holder.kill()
     assert len(sweep(prefect, store, "d1")) == 2, "the locks died with their process"
+
+
+def test_one_that_ended_in_order_is_resumed_each_time(tmp_path: Path, prefect: Prefect) -> None:
+    """`reprise down` twice, or Prefect taking a slot back twice: its trainer saved, and it goes on."""
+    store = Store(root=str(tmp_path))
+    document(store, "digits-1", "f1", status="interrupted")
+    flow_run("f1", state="CRASHED")
+    for _ in range(3):
+        assert sweep(prefect, store, "d1") == ["f1: it was interrupted; resumed"]
+    document(store, "digits-1", "f1")
+    assert sweep(prefect, store, "d1") == ["f1: its process died; resumed"], "counted apart"
+    assert sweep(prefect, store, "d1") == []
 
 
 def test_runs_of_another_project_on_the_same_server_are_none_of_ours(tmp_path: Path, prefect: Prefect) -> None:
