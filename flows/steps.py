@@ -92,9 +92,12 @@ def _drive_training(run: Run, request: TrainRequest) -> tuple[dict[str, Any], fl
     began, logger = time.time(), get_run_logger()
 
     def on_attempts(attempts: list[Attempt]) -> None:
+        run.attempts_changed(attempts)
+        if not attempts:  # the first one was refused before it began
+            run.workload = ""
+            return
         last = attempts[-1]
         run.workload = f"train-{request.spec.key[:12]}-{last.number}" if last.ended is None else ""
-        run.attempts_changed(attempts)
         if last.ended is None:
             logger.info(f"attempt {last.number} starts, from step {last.from_step}")
         else:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from deployments.errors import ConfigError, GiveUp, TryAgain
+from deployments.errors import ConfigError, GiveUp, PreflightError, TryAgain
 from deployments.workload import INTERRUPTIONS, Outcome, Resources, Runner, Workload
 from tasks.attempts import close_attempt, open_attempt, progress_of
 from tasks.capacity import SPOT, CapacityPolicy, Choice, choose, seconds_left
@@ -105,7 +105,13 @@ def train_model(
             store.write_attempts(spec.key, attempts)
             if on_attempts:
                 on_attempts(attempts)
-            outcome = runner.run(attempt_workload(request, spec, attempts), on_line=on_line)
+            try:
+                outcome = runner.run(attempt_workload(request, spec, attempts), on_line=on_line)
+            except PreflightError:  # refused before anything ran: that was no attempt
+                store.write_attempts(spec.key, attempts[:-1])
+                if on_attempts:
+                    on_attempts(attempts[:-1])
+                raise
             attempts = [*attempts[:-1], close_attempt(attempts[-1], outcome, spec.progress)]
             store.write_attempts(spec.key, attempts)
             if on_attempts:
