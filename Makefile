@@ -25,10 +25,10 @@ unit: .venv/.installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 e2e: .venv/.installed
-	$(BIN)/pytest -m e2e --ignore tests/test_triggers_laptop.py
+	$(BIN)/pytest -m e2e --ignore tests/flows/triggers
 
-e2e-triggers: .venv/.installed  ## schedule, form, pushes and dead flows on real servers: five minutes more
-	$(BIN)/pytest -m e2e tests/test_triggers_laptop.py
+e2e-triggers: .venv/.installed  ## schedule, form, pushes and dead flows on real servers: ten minutes more
+	$(BIN)/pytest -m e2e tests/flows/triggers
 
 cluster: .venv/.installed  ## the same on Kubernetes: the cluster of KUBECONFIG, or one of this machine by .ci/cluster
 	$(BIN)/pytest -m cluster --durations 10

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.flows.push_kit import payload
-from tests.test_triggers_laptop import Project, Receiver, decided
+from tests.flows.triggers.laptop_kit import Project, Receiver, decided
 
 PARTS = (
     "answered (202)",

@@ -22,7 +22,7 @@ SECRET = b"0123456789abcdef0123456789abcdef"
 class FakePrefect:
     """The few routes that handing over uses, with Prefect's own rule for idempotency keys.
 
-    A fake; tests/test_triggers_laptop.py uses the real server.
+    A fake; tests/flows/triggers uses the real server.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,65 @@
+"""Real pushes, told by real signed HTTP: what they start, at which commit, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.flows.push_kit import payload, signed
+from tests.flows.triggers.laptop_kit import Project, Receiver, decided, pushed_runs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def test_a_signed_push_retrains_at_exactly_that_commit(project: Project, receiver: Receiver) -> None:
+    before, after = project.change("width = 16", "width = 8")
+    body = payload(before, after, pusher={"name": "ada"})
+    began = time.monotonic()
+    assert receiver.post(body) == (202, "accepted")
+    assert time.monotonic() - began < 2
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda _: receiver.post(body), range(100)))
+    assert set(answers) == {(200, "duplicate")}
+    entry = decided(project, after)
+    assert (entry["state"], entry["action"], entry["reason"]) == (
+        "started", "retrain", "[train.params] width changed",
+    )  # fmt: skip
+    project.wait(entry["flow_run"], "Completed")
+    document = project.document(entry["flow_run"])
+    assert (document["git_sha"], document["cause"]) == (after, "push")
+    assert (project.prefect.run(entry["flow_run"]) or {})["name"].endswith(f"{after[:7]} push")
+    assert len(pushed_runs(project, after)) == 1
+    assert receiver.post(body) == (200, "duplicate")
+
+
+def test_documentation_nothing_and_serving_no_training(project: Project, receiver: Receiver) -> None:
+    before, after = project.change("Handwritten", "Written", "README.md")
+    assert receiver.post(payload(before, after)) == (202, "accepted")
+    assert decided(project, after)["state"] == "nothing"
+    versions = project.versions()
+    before, after = project.change("batch_size = 8", "batch_size = 4")
+    assert receiver.post(payload(before, after)) == (202, "accepted")
+    entry = decided(project, after)
+    assert (entry["action"], entry["reason"]) == ("redeploy", "[serve] changed")
+    project.wait(entry["flow_run"], "Completed")
+    reused = {s["name"]: s["reused"] for s in project.document(entry["flow_run"])["steps"]}
+    assert reused["train_model"] and reused["register_model"] and not reused["deploy_model"]
+    assert project.versions() == versions
+
+
+def test_forged_and_broken_ones_over_real_http(project: Project, receiver: Receiver) -> None:
+    body = payload("a" * 40, "b" * 40)
+    forged = {**signed(body), "X-Hub-Signature-256": "sha256=" + "0" * 64}
+    assert receiver.post(body, forged) == (401, "refused")
+    assert receiver.post(body, {"Content-Type": "application/json"}) == (401, "refused")
+    assert receiver.post(body, {**signed(body), "Content-Type": "text/plain"}) == (415, "refused")
+    assert receiver.post(b"{", signed(b"{")) == (400, "refused")
+    big = b"x" * (10 << 20)
+    # It may hang up on the sender in the middle of the ten megabytes: also a refusal.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError, urllib.error.URLError):
+        assert receiver.post(big) == (413, "refused")
+    assert receiver.post(payload("0" * 40, "c" * 40, ref="refs/tags/v1")) == (202, "ignored")
