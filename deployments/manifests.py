@@ -289,6 +289,7 @@ def _argv(workload: Workload, place: ClusterPlace, request_folder: str) -> list[
 
 def _environment(workload: Workload, place: ClusterPlace) -> dict[str, str]:
     env = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "REPRISE_JOB": workload.name}
+    env["USER"] = "reprise"  # the number has no name in any image, and DVC and torch ask for one
     if workload.image == "step":
         env["REPRISE_TERMINATION_LOG"] = "/dev/termination-log"
     if workload.image == "train" and workload.resources.gpus and workload.replicas * workload.processes > 1:

@@ -25,7 +25,7 @@ app = App(
 Pipeline = Annotated[
     str, Parameter(name=["--pipeline", "-p"], help="The pipeline.toml; default: here, above, or demo/.")
 ]
-Place = Annotated[str, Parameter(help="Where to run: laptop, or a .toml file.")]
+Place = Annotated[str, Parameter(help="Where to run: laptop, cluster, or a .toml file.")]
 ClusterName = Annotated[str, Parameter(name="--place", help="Which cluster: cluster, or a .toml file.")]
 Snapshot = Annotated[str, Parameter(help="A cluster's state from this file, not from the cluster.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="For machines.")]
@@ -72,13 +72,15 @@ def run(
     interrupt: Annotated[
         tuple[str, ...], Parameter(negative="", help="Play the spot market: notice@35%, kill@70%, kill@20s")
     ] = (),
+    detach: Annotated[bool, Parameter(negative="", help="On a cluster: ask for the run and leave it there.")] = False,
     json: Json = False,
 ) -> None:
     """Run the pipeline; every step that is already done for these inputs is reused."""
     from flows.commands import run_pipeline
     from flows.start import Order
 
-    run_pipeline(Order(pipeline=pipeline, rev=rev, overrides=set, place=place, interruptions=interrupt), as_json=json)
+    order = Order(pipeline=pipeline, rev=rev, overrides=set, place=place, interruptions=interrupt)
+    run_pipeline(order, as_json=json, detach=detach)
 
 
 @app.command

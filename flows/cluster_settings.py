@@ -13,13 +13,13 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from deployments.manifests import FORBIDDEN_TOLERATION, NOTICE_SECONDS, ClusterPlace
 from deployments.workload import Resources
 from flows.place_settings import StepResources, kind_of, read_place
 from flows.setting_types import Count, CountOrZero, Duration, Section, as_tuple
-from flows.settings_errors import check
+from flows.settings_errors import SettingsText, check, read_file, read_toml
 from tasks.capacity import CapacityPolicy
 
 Text = Annotated[str, Field(min_length=1)]
@@ -34,6 +34,7 @@ class ClusterSection(Section):
     namespace: Text = "reprise"
     kubeconfig: str = ""  # empty: $KUBECONFIG, ~/.kube/config, or the pod's own account
     context: str = ""  # empty: the kubeconfig's current one
+    work_pool: Text = "reprise"  # Prefect's, of type kubernetes, whose worker starts flows
     service_account: Text = "reprise-step"
     priority_class: str = ""
     queue: str = ""  # Kueue's LocalQueue
@@ -78,13 +79,23 @@ class ServiceSettings(Section):
 
     prefect: Text = "http://prefect.reprise-services:4200"
     mlflow: Text = "http://mlflow.reprise-services:5000"
+    prefect_outside: str = ""  # as the machine of `reprise run` and browsers reach it; empty: as pods do
+    mlflow_outside: str = ""
 
     @field_validator("*")
     @classmethod
-    def _url(cls, value: str) -> str:
+    def _url(cls, value: str, info: ValidationInfo) -> str:
+        if not value and str(info.field_name).endswith("_outside"):
+            return value
         if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
             raise ValueError("expected a URL that pods reach, such as http://mlflow.reprise-services:5000")
         return value.rstrip("/")
+
+
+class ProjectSettings(Section):
+    """[project]"""
+
+    git: str = ""  # as pods reach it; empty: the remote `origin` of the checkout that a run is started from
 
 
 class EnvironmentSettings(Section):
@@ -147,6 +158,7 @@ class NodeSettings(Section):
     on_demand: dict[str, str] = Field(default_factory=lambda: {"karpenter.sh/capacity-type": "on-demand"})
     gpu: dict[str, str] = Field(default_factory=dict)
     gpu_taint: Text = "nvidia.com/gpu"
+    autoscaler: Literal["look", "yes", "no"] = "look"  # what adds nodes beside Karpenter
     tolerations: Annotated[tuple[Toleration, ...], BeforeValidator(as_tuple)] = ()
     nccl_interface: str = ""
     lost_after: Duration = 60.0  # seconds; a node that does not answer is given up after that
@@ -175,6 +187,7 @@ class ClusterResourceSettings(Section):
     train_model: TrainResources = TrainResources()
     register_model: ClusterResources = ClusterResources()
     package_model: ClusterResources = ClusterResources()
+    deploy_model: ClusterResources = ClusterResources()
     check_endpoint: ClusterResources = ClusterResources()
     write_report: ClusterResources = ClusterResources()
     serve: ClusterResources = ClusterResources(memory="2Gi")
@@ -194,6 +207,7 @@ class _ClusterFile(Section):
     place: ClusterSection
     images: ImageSettings
     state: StateSettings = StateSettings()
+    project: ProjectSettings = ProjectSettings()
     services: ServiceSettings = ServiceSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     spot: ClusterSpot = ClusterSpot()
@@ -206,6 +220,7 @@ class ClusterSettings(_ClusterFile):
     """One cluster.toml, checked."""
 
     file: Path
+    text: str  # of the file, for whoever reads it again elsewhere
 
     @property
     def kind(self) -> Literal["cluster"]:
@@ -229,6 +244,7 @@ class ClusterSettings(_ClusterFile):
             on_demand_selector=self.nodes.on_demand,
             gpu_selector=self.nodes.gpu,
             gpu_taint=self.nodes.gpu_taint,
+            autoscaler=self.nodes.autoscaler,
             tolerations=tuple({k: v for k, v in t.model_dump().items() if v} for t in self.nodes.tolerations),
             priority_class=self.place.priority_class,
             queue=self.place.queue,
@@ -244,10 +260,19 @@ def load_cluster(place: Path | str, folder: Path) -> ClusterSettings:
     Raises ConfigError with all mistakes, a line each, or if the file is of another kind of place.
     """
     path, read = read_place(place, folder)
+    return _checked(path, read, read_file(path, str(path), what="a place file"))
+
+
+def parse_cluster(text: str, name: str) -> ClusterSettings:
+    """The settings from the text of a cluster.toml that is called `name` in messages. Raises as `load_cluster`."""
+    return _checked(Path(name), read_toml(text, name, (), example='[place]\nkind = "cluster"'), text)
+
+
+def _checked(path: Path, read: SettingsText, text: str) -> ClusterSettings:
     if kind_of(read) == "laptop":
         raise read.refusal(
             ("place", "kind"), 'expected "cluster": this command looks at a cluster; give --place cluster'
         )
     checked = check(_ClusterFile, read)
     sections = {name: getattr(checked, name) for name in _ClusterFile.model_fields}
-    return ClusterSettings(file=path.absolute(), **sections)
+    return ClusterSettings(file=path.absolute(), text=text, **sections)

@@ -9,20 +9,37 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import PreflightError
+from deployments.errors import ConfigError, PreflightError
 from flows.display import next_commands, say, seconds, show_json, table
 from flows.execute import execute, resumed, summary
+from flows.place import is_cluster
 from flows.run import FINISHED, read_run
-from flows.start import Order, prepare, where
+from flows.start import Order, pipeline_file, prepare, where
 
 
-def run_pipeline(order: Order, *, as_json: bool) -> None:
+def run_pipeline(order: Order, *, as_json: bool, detach: bool = False) -> None:
     """`reprise run`"""
     began = time.perf_counter()
+    if is_cluster(order.place, pipeline_file(order).parent):
+        _run_on_cluster(order, as_json=as_json, detach=detach)
+        return
+    if detach:
+        raise ConfigError("--detach: a laptop's run is this process; expected it with --place cluster only")
     document = execute(order, quiet=as_json)
     _finish(document, as_json=as_json, took=time.perf_counter() - began)
     if not as_json:
         next_commands(f"reprise show {document['run']}", f"reprise logs {document['run']}")
+
+
+def _run_on_cluster(order: Order, *, as_json: bool, detach: bool) -> None:
+    from flows.submit import submit
+
+    began = time.perf_counter()
+    document = submit(order, detach=detach, quiet=as_json)
+    if not detach:
+        _finish(document, as_json=as_json, took=time.perf_counter() - began)
+    elif as_json:
+        show_json(document)
 
 
 def run_demo(*, folder: str, example: str, as_json: bool) -> None:

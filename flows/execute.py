@@ -17,7 +17,6 @@ from deployments.workload import INTERRUPTIONS
 from flows.display import say, seconds
 from flows.plan import Plan
 from flows.run import Run
-from flows.services import ensure_services, prefect_environment, restore_endpoints
 from flows.start import Order, Prepared, begin, prepare
 from flows.watch import Watch
 
@@ -38,8 +37,8 @@ def execute(order: Order, *, quiet: bool = False) -> dict[str, Any]:
     with _turn(prepared, quiet=quiet):
         plan = prepared.plan()
         if not plan.unchanged:
-            ensure_services(prepared.place, quiet=quiet)
-            restore_endpoints(prepared.place, prepared.store)
+            prepared.place.ensure(quiet=quiet)
+            prepared.place.restore()
             plan = prepared.plan()  # a server that has just come up may serve the version that was asked for
         watch = Watch(quiet=quiet, attempts=len(prepared.store.attempts(plan.steps["train_model"].key)))
         try:
@@ -75,7 +74,6 @@ def _reuse(run: Run) -> dict[str, Any]:
         status="unchanged",
         ended=time.time(),
         message="every step is reused",
-        attempts=_attempts(run, plan),
         model_version=results["register_model"]["version"],
         mar_sha256=results["package_model"]["sha256"],
         endpoint=served["url"],
@@ -85,15 +83,8 @@ def _reuse(run: Run) -> dict[str, Any]:
     return run.document
 
 
-def _attempts(run: Run, plan: Plan) -> list[dict[str, Any]]:
-    from flows.run import attempt_row
-
-    return [attempt_row(a) for a in run.store.attempts(plan.steps["train_model"].key)]
-
-
 def _perform(run: Run, order: Order) -> dict[str, Any]:
-    run.document["attempts"] = _attempts(run, run.plan)
-    prefect_environment(run.plan.place)
+    run.plan.place.prepare_client()
     from flows.retrain import retrain  # the orchestrator: seconds of import, so only when something runs
 
     try:

@@ -17,8 +17,8 @@ from flows.setting_types import CountOrZero, Duration, Memory, OptionalMemory, P
 from flows.settings_errors import SettingsText, check, did_you_mean, read_file, read_toml
 
 NO_CLUSTER = (
-    "a cluster can be looked at and not run on yet; what works with it today: `reprise preflight`, `reprise render`, "
-    "`reprise gpu`, `reprise doctor`; run, plan, up, deploy, rollback and all others need --place laptop"
+    "this command is for a laptop; what works on a cluster: `reprise run`, `reprise preflight`, `reprise render`, "
+    "`reprise gpu`, `reprise doctor`; its runs are in Prefect; all other commands need --place laptop"
 )
 KINDS = ("laptop", "cluster")
 PLACES = Path(__file__).resolve().parent.parent / "deployments"  # the places shipped with Reprise

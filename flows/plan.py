@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.place import Place
 from flows.project import DataPointer, Project
-from flows.services import in_service
-from flows.settings import PipelineSettings, PlaceSettings
+from flows.settings import PipelineSettings
 from tasks.records import StepRecord, Store, step_key
 
 # What a step does, as a number that its author raises when the same inputs should give another result.
@@ -52,7 +52,7 @@ class Plan:
     """A run before it starts."""
 
     pipeline: PipelineSettings
-    place: PlaceSettings
+    place: Place
     project: Path
     git_sha: str
     data: DataPointer
@@ -103,15 +103,7 @@ def step_keys(pipeline: PipelineSettings, project: Project, git_sha: str) -> Ste
     return StepKeys(data=data, code_digest=code, steps=steps)
 
 
-def make_plan(
-    pipeline: PipelineSettings,
-    place: PlaceSettings,
-    project: Project,
-    store: Store,
-    git_sha: str,
-    *,
-    management_url: str,
-) -> Plan:
+def make_plan(pipeline: PipelineSettings, place: Place, project: Project, store: Store, git_sha: str) -> Plan:
     """Compute every step key and look up what is done. Raises the errors of `Project` for data and code."""
     keys = step_keys(pipeline, project, git_sha)
     last = store.read(f"pipelines/{pipeline.name}") or {}
@@ -119,7 +111,7 @@ def make_plan(
     upstream: PlannedStep | None = None
     for name, (key, own) in keys.steps.items():
         record = store.step(key)
-        missing = _effect_missing(name, record, pipeline, store, management_url) if record else ""
+        missing = _effect_missing(name, record, pipeline, place) if record else ""
         reused = record is not None and not missing and (upstream is None or upstream.reused or name == "train_model")
         reason = _reason(name, own, record, reused, missing, upstream, store.step(last.get(name, "")))
         upstream = steps[name] = PlannedStep(
@@ -152,9 +144,7 @@ def _needless_pull(steps: dict[str, PlannedStep]) -> dict[str, PlannedStep]:
     }
 
 
-def _effect_missing(
-    name: str, record: StepRecord, pipeline: PipelineSettings, store: Store, management_url: str
-) -> str:
+def _effect_missing(name: str, record: StepRecord, pipeline: PipelineSettings, place: Place) -> str:
     """Why a finished step's effect does not stand any more; empty if it does. Cheap looks only."""
     result = record.result
     if name == "pull_data" and not Path(result["folder"]).is_dir():
@@ -164,13 +154,13 @@ def _effect_missing(
     if name == "package_model" and not Path(result["mar"]).is_file():
         return "the .mar is gone"
     if name == "deploy_model":
-        return _served_otherwise(pipeline.name, result["label"], management_url)
+        return _served_otherwise(pipeline.name, result["label"], place)
     return ""
 
 
-def _served_otherwise(pipeline: str, label: str, management_url: str) -> str:
+def _served_otherwise(pipeline: str, label: str, place: Place) -> str:
     """Why this label is not the one in service; empty if it is. Asks the server: the record alone proves nothing."""
-    served = in_service(management_url, pipeline)
+    served = place.in_service(pipeline)
     if not served:
         return "nothing is in service"
     return "" if served == label else f"version {served} is in service"

@@ -8,21 +8,24 @@ holding up Prefect's heartbeats. Not covered: runs of the command (flows.execute
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from deployments.errors import TryAgain
-from flows.fetch import fetch_revision
 from flows.form import TrainingForm, overrides_of
-from flows.project import Project
+from flows.place import CLUSTER_VARIABLE, Place, open_place
 from flows.run import FINISHED, Run, read_run
-from flows.services import ensure_services, restore_endpoints
-from flows.start import Order, begin, prepare, prepared_run, where
+from flows.run_mirror import mirrored
+from flows.start import Order, begin, pipeline_file, prepare, prepared_run
 from tasks.records import Store
 
 POLL_SECONDS = 0.5
+DEAD_SECONDS = 120.0  # for the lock of a process that is gone with its node: network volumes let go late
 
 
 def flow_lock(flow_run: str) -> str:
@@ -47,22 +50,36 @@ async def current_run(order: Order, form: TrainingForm | None = None) -> AsyncIt
     from prefect import runtime
 
     flow_run = str(runtime.flow_run.id)
-    file, place, store = where(order)
+    in_pod = CLUSTER_VARIABLE in os.environ
+    place, pipeline = _opened(order, in_pod=in_pod)
+    store = place.store
     async with AsyncExitStack() as held:
-        await _turn(held, store, flow_lock(flow_run), seconds=60.0)
+        if in_pod:  # the locks are on its volume
+            place.ensure()
+        await _turn(held, store, flow_lock(flow_run), seconds=DEAD_SECONDS)
         document = run_of(store, flow_run)
-        if document is None:
-            await asyncio.to_thread(fetch_revision, Project(file.parent), order.rev)
-            order = replace(order, overrides=(*overrides_of(form, prepare(order).pipeline), *order.overrides))
-        else:
+        if document is not None:
             order = _again(order, document)
-        prepared = prepare(order)
+        file, rev = await asyncio.to_thread(place.bring, pipeline, order.rev)
+        order = replace(order, pipeline=str(file), rev=rev)
+        if document is None:
+            order = replace(order, overrides=(*overrides_of(form, prepare(order, place).pipeline), *order.overrides))
+        prepared = prepare(order, place)
         await _turn(held, store, f"pipeline-{prepared.pipeline.name}", seconds=prepared.pipeline.train.deadline)
-        await asyncio.to_thread(ensure_services, place)
-        await asyncio.to_thread(restore_endpoints, place, store)
+        await asyncio.to_thread(place.ensure)
+        await asyncio.to_thread(place.restore)
         with begin(prepared, prepared.plan()) as run:
             remember_flow_run(run, flow_run)
-            yield run
+            with mirrored(run, flow_run) if in_pod else contextlib.nullcontext():
+                yield run
+
+
+def _opened(order: Order, *, in_pod: bool) -> tuple[Place, str]:
+    """The place of a flow, and its pipeline file as `Place.bring` takes it: in a pod it is not here yet."""
+    if in_pod:
+        return open_place(order.place, Path()), order.pipeline or "pipeline.toml"
+    file = pipeline_file(order)
+    return open_place(order.place, file.parent), str(file)
 
 
 def remember_flow_run(run: Run, flow_run: str) -> None:

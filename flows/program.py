@@ -22,6 +22,8 @@ def step_workload(run: Run, name: str, request: Any) -> Workload:
         image="step",
         command=("python", "-m", "tasks.step", name, "{request}", "{result}"),
         request=asdict(request),
+        resources=run.plan.place.wanted(name),
+        account="deploy" if name == "deploy_model" else "",
         labels={
             "run": run.id,
             "pipeline": run.plan.pipeline.name,

@@ -50,7 +50,7 @@ async def published(run: Run) -> AsyncIterator[None]:
         raise
     except Exception as error:
         status = "refused" if isinstance(error, GateRefused) else "failed"
-        run.update(status=status, ended=time.time(), message=str(error))
+        run.update(status=status, ended=time.time(), message=str(error), error=type(error).__name__)
         if "train_model" in run.results:
             await _report(run)
         await _tell(run)
@@ -72,10 +72,11 @@ def _stopped(run: Run) -> None:
     """Somebody cancelled the run, or its process has to go: the trainer saves, and what comes next is written down."""
     status, way = "cancelled", f"`reprise resume {run.id}` goes on"
     if runtime.deployment.id:  # the command stops its workload itself
-        if run.workload:
-            run.runner.stop(run.workload, grace_seconds=min(run.plan.place.spot.grace, GRACE_SECONDS))
         flow_run = Prefect(url=run.urls["prefect"]).run(str(runtime.flow_run.id)) or {}
-        if (flow_run.get("state") or {}).get("type") not in ("CANCELLING", "CANCELLED"):
+        cancelled = (flow_run.get("state") or {}).get("type") in ("CANCELLING", "CANCELLED")
+        if run.workload and (cancelled or not run.plan.place.outlives_flow):
+            run.runner.stop(run.workload, grace_seconds=min(run.plan.place.spot.grace, GRACE_SECONDS))
+        if not cancelled:
             status, way = "interrupted", f"its process was told to end; {way}"
     run.update(status=status, ended=time.time(), message=f"{status}; {way}")
 
@@ -93,7 +94,7 @@ async def _begin(run: Run) -> None:
             async with get_client() as client:
                 await client.update_flow_run(UUID(flow_run), name=run_title(run))
         run.document["links"]["prefect_flow_run"] = flow_run
-        run.document["links"]["prefect"] = f"{run.urls['prefect']}/runs/flow-run/{flow_run}"
+        run.document["links"]["prefect"] = f"{run.plan.place.pages['prefect']}/runs/flow-run/{flow_run}"
         run.save()
     previous = run.document.get("previous", {}).get("prefect")
     if previous and previous != flow_run:
@@ -128,7 +129,7 @@ async def curve(run: Run, training: TrainedModel) -> None:
 
 
 def _mlflow_run_url(run: Run, training: TrainedModel) -> str:
-    return f"{run.urls['mlflow']}/#/runs/{training.run_id}"
+    return f"{run.plan.place.pages['mlflow']}/#/runs/{training.run_id}"
 
 
 async def _report(run: Run) -> None:
@@ -141,6 +142,7 @@ async def _report(run: Run) -> None:
         image="step",
         command=("python", "-m", "tasks.step", "write_report", "{request}", "{result}"),
         request=asdict(request),
+        resources=run.plan.place.wanted("write_report"),
         labels={"run": run.id, "pipeline": run.plan.pipeline.name, "step": "write_report"},
     )
     try:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flows.on_laptop import OnLaptop
 from flows.plan import make_plan
 from flows.project import Project
 from flows.settings import PipelineSettings, PlaceSettings, load_pipeline
@@ -92,5 +93,5 @@ def keys_at(project: Project, pipeline: PipelineSettings, place: PlaceSettings, 
     text = project.read_text(sha, project.in_repo(name))
     at_commit = load_pipeline(text, source_name=f"{name}@{sha[:7]}", file=pipeline.file)
     nowhere = Store(root=str(place.state / "push" / "no-records"))  # keys do not depend on what was done
-    plan = make_plan(at_commit, place, project, nowhere, sha, management_url="")
+    plan = make_plan(at_commit, OnLaptop(settings=place), project, nowhere, sha)
     return {step.name: StepKey(key=step.key, inputs=step.inputs) for step in plan.steps.values()}

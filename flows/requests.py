@@ -236,9 +236,10 @@ def deploy(run: Run, model: RegisteredModel, archive: PackagedModel, training: T
         admission=serve.admission,
         canary_samples=serve.canary_samples,
         max_p95_seconds=plan.pipeline.check.max_p95,
-        server_logs=str(plan.place.state / "services" / "torchserve" / "logs"),
+        server_logs="" if plan.place.target else str(plan.place.state / "services" / "torchserve" / "logs"),
         tracking_uri=run.urls["mlflow"],
         record=str(run.store.path / "endpoints"),
+        cluster=plan.place.target,
     )
 
 

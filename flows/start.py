@@ -15,10 +15,11 @@ from pathlib import Path
 from deployments.errors import ConfigError
 from deployments.workload import Runner
 from flows.module_check import check_module
+from flows.on_laptop import OnLaptop
+from flows.place import Place
 from flows.plan import Plan, make_plan
 from flows.project import Project
-from flows.run import Event, Run, open_run
-from flows.services import service_urls
+from flows.run import Event, Run, attempt_row, open_run
 from flows.settings import PipelineSettings, PlaceSettings, find_pipeline, load_pipeline, load_place
 from tasks.records import Store
 
@@ -43,16 +44,22 @@ class Prepared:
     order: Order
     project: Project
     pipeline: PipelineSettings
-    place: PlaceSettings
-    store: Store
-    urls: dict[str, str]
+    place: Place
     git_sha: str
+
+    @property
+    def store(self) -> Store:
+        """The place's."""
+        return self.place.store
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """The place's."""
+        return self.place.urls
 
     def plan(self) -> Plan:
         """What would run now."""
-        return make_plan(
-            self.pipeline, self.place, self.project, self.store, self.git_sha, management_url=self.urls["management"]
-        )
+        return make_plan(self.pipeline, self.place, self.project, self.store, self.git_sha)
 
 
 prepared_run: ContextVar[Run | None] = ContextVar("prepared_run", default=None)
@@ -83,7 +90,7 @@ def pipeline_file(order: Order) -> Path:
 
 
 def where(order: Order) -> tuple[Path, PlaceSettings, Store]:
-    """The pipeline file, the place and the store of an order. Raises ConfigError."""
+    """The pipeline file, the laptop and the store of an order. Raises ConfigError, also for a cluster."""
     file = pipeline_file(order)
     place = load_place(order.place, file.parent)
     return file, place, Store(root=str(place.state / "store"))
@@ -101,24 +108,17 @@ def at_revision(order: Order, file: Path) -> tuple[Project, PipelineSettings, st
     return project, pipeline, sha
 
 
-def prepare(order: Order) -> Prepared:
-    """Read the pipeline at the revision and the place. Raises ConfigError or PreflightError."""
-    file, place, store = where(order)
+def prepare(order: Order, place: Place | None = None) -> Prepared:
+    """Read the pipeline at the revision, and the place if none is given: a laptop. Raises ConfigError."""
+    file = pipeline_file(order)
+    place = place or OnLaptop(settings=load_place(order.place, file.parent))
     project, pipeline, sha = at_revision(order, file)
-    return Prepared(
-        order=order, project=project, pipeline=pipeline, place=place, store=store, urls=service_urls(place), git_sha=sha
-    )
+    return Prepared(order=order, project=project, pipeline=pipeline, place=place, git_sha=sha)
 
 
 def make_runner(prepared: Prepared) -> Runner:
     """The place's runner."""
-    from deployments.laptop import Laptop
-    from deployments.spot_market import SpotMarket
-
-    place = prepared.place
-    wanted = prepared.order.interruptions or tuple(str(i) for i in place.spot.interruptions)
-    market = SpotMarket(interruptions=list(wanted), grace_seconds=place.spot.grace) if wanted else None
-    return Laptop(place.state / "jobs", market=market)
+    return prepared.place.runner(prepared.order.interruptions)
 
 
 @contextmanager
@@ -129,6 +129,7 @@ def begin(prepared: Prepared, plan: Plan, *, on_event: Event = lambda kind, fiel
         plan, prepared.store, rev=order.rev, overrides=list(order.overrides), cause=order.cause, resume=order.resume
     )
     with opened as (run_id, document):
+        document["attempts"] = [attempt_row(a) for a in prepared.store.attempts(plan.steps["train_model"].key)]
         run = Run(
             id=run_id,
             plan=plan,

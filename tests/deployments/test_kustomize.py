@@ -23,8 +23,9 @@ import yaml
 
 from deployments.manifests import ACCOUNT_LABEL, ClusterPlace, step_job, training_job
 from deployments.run_metrics import collect
-from deployments.serving_manifests import INFERENCE, METRICS, Serving, serving_deployment
+from deployments.serving_manifests import INFERENCE, METRICS, SETTINGS_MAP, Serving, serving_deployment
 from deployments.serving_metrics import queue_wait_microseconds
+from deployments.serving_pod import TUNABLE
 from deployments.torchserve_launch import TorchServePorts, render_config
 from deployments.workload import Resources, Workload
 from tests.deployments.kustomize_tree import (
@@ -88,6 +89,13 @@ def flow_pod() -> Json:
     spec = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert isinstance(spec, dict)
     return spec
+
+
+def pool_variables() -> Json:
+    """What the work pool's template is filled with."""
+    variables = json.loads((K8S / "base" / "pool.json").read_text())["variables"]["properties"]
+    assert isinstance(variables, dict)
+    return variables
 
 
 def kustomization_folders() -> list[Path]:
@@ -371,7 +379,8 @@ def test_what_runs_ask_for_is_there() -> None:
     flow = flow_pod()
     assert flow["securityContext"]["runAsUser"] == flow["securityContext"]["fsGroup"] == place.user
     (mount,) = [m for m in flow["containers"][0]["volumeMounts"] if m["name"] == "state"]
-    assert mount["mountPath"] == place.state_mount
+    assert mount["mountPath"] == "{{ state_mount }}"
+    assert pool_variables()["state_mount"]["default"] == place.state_mount
 
 
 def test_prefect_is_not_open() -> None:
@@ -444,6 +453,8 @@ def test_policies_and_monitors_find_the_served_pods() -> None:
     for name, port in (("predictions", INFERENCE), ("metrics-of-models", METRICS)):
         assert policies[name]["podSelector"]["matchLabels"].items() <= labels
         assert [p["port"] for p in policies[name]["ingress"][0]["ports"]] == [port]
+    (scaled,) = of_kind(raw("spot"), "ScaledObject")
+    assert scaled["spec"]["scaleTargetRef"]["name"] == serving.name
     (monitor,) = of_kind(raw("spot"), "PodMonitor")
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels
     assert [e["portNumber"] for e in monitor["spec"]["podMetricsEndpoints"]] == [METRICS]
@@ -483,6 +494,11 @@ def test_torchserves_configuration_is_the_rendered_one() -> None:
     wanted = render_config(model_store=Path("/models"), ports=ports, bind="0.0.0.0")
     assert (K8S / "base" / "torchserve" / "config.properties").read_text() == wanted
     assert "management_address=http://127.0.0.1:" in wanted
+    assert set(TUNABLE) < {line.partition("=")[0] for line in wanted.splitlines()}
+    generated = yaml.safe_load((K8S / "base" / "kustomization.yaml").read_text())["configMapGenerator"]
+    (settings,) = [g for g in generated if g["name"] == SETTINGS_MAP]
+    assert settings["namespace"] == ClusterPlace(images={}).namespace
+    assert settings["options"] == {"disableNameSuffixHash": True}
     log4j = ROOT / "deployments" / "torchserve" / "log4j2.xml"
     assert (K8S / "base" / "torchserve" / "log4j2.xml").read_text() == log4j.read_text()
 
@@ -493,8 +509,10 @@ def test_the_pool_is_what_prefects_validator_wants() -> None:
     spec = job["spec"]["template"]["spec"]
     assert (spec["completions"], spec["parallelism"], spec["restartPolicy"]) == (1, 1, "Never")
     assert [c["name"] for c in spec["containers"]] == ["prefect-job"]
-    assert job["spec"]["backoffLimit"] == 0, "else Prefect leaves an evicted run to Kubernetes"
-    assert "podFailurePolicy" not in job["spec"]
+    assert job["spec"]["backoffLimit"] > 0, "else Prefect tells an evicted flow to schedule itself anew, in another Job"
+    assert job["spec"]["podReplacementPolicy"] == "Failed", "else two flows run at once"
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
     text = json.dumps(template["job_configuration"])
     assert set(re.findall(r"{{ (\w+) }}", text)) <= set(template["variables"]["properties"])
     for name in template["variables"]["properties"]:

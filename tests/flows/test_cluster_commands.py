@@ -138,7 +138,6 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 @pytest.mark.parametrize(
     "command",
     [
-        ("run",),
         ("plan",),
         ("up",),
         ("down",),
@@ -166,7 +165,7 @@ def test_every_other_command_says_what_works_on_a_cluster(
 ) -> None:
     assert reprise(*command, "--place", "cluster") == 2
     err = capsys.readouterr().err
-    assert "not run on yet" in err and "`reprise preflight`" in err and "--place laptop" in err
+    assert "this command is for a laptop" in err and "`reprise preflight`" in err and "--place laptop" in err
     assert not (project / ".reprise").exists()
 
 

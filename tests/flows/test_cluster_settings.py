@@ -22,7 +22,7 @@ def test_the_shipped_cluster_says_the_defaults(tmp_path: Path) -> None:
     own.write_text(LEAST)
     least = load_cluster("cluster", tmp_path)
     assert (least.file, least.kind) == (own, "cluster")
-    same = {"file", "images", "resources"}
+    same = {"file", "text", "images", "resources"}
     assert shipped.model_dump(exclude=same) == least.model_dump(exclude=same)
     assert shipped.resources.train_model.gpus == 1
     assert shipped.resources.serve == least.resources.serve
@@ -70,7 +70,7 @@ def test_every_key_reaches_the_place(tmp_path: Path) -> None:
 def test_there_are_resources_for_all_that_is_created() -> None:
     from flows.preflight import STEPS
 
-    assert {*STEPS, "train_model", "serve"} == set(ClusterResourceSettings.model_fields)
+    assert {*STEPS, "train_model", "deploy_model", "serve"} == set(ClusterResourceSettings.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_there_are_resources_for_all_that_is_created() -> None:
         ('[nodes]\ntolerations = { key = "a" }', r"expected a list"),
         ("[nodes]\nspot = { a = 1 }", r"\[nodes.spot\] a = 1: expected text in quotes"),
         ('[resources.train_model]\ngpus = "1"', r'gpus = "1": expected a whole number'),
-        ("[resources.deploy_model]\ncpus = 1", r"\[resources\] deploy_model: unknown key"),
+        ("[resources.deploy]\ncpus = 1", r"\[resources\] deploy: unknown key"),
         ("[ports]\nmlflow = 5000", r"\[ports\]: unknown section"),
         ("[serving]\nreplicas = 0", r"replicas = 0: expected a number of at least 1"),
         ('[environment]\nvalues = { DB_PASSWORD = "hunter2hunter2" }', r"DB_PASSWORD = \"\*\*\*\": expected no secret"),

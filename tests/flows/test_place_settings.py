@@ -73,8 +73,8 @@ def test_a_cluster_is_refused_where_a_laptop_is_needed_with_what_works(tmp_path:
     with pytest.raises(ConfigError) as caught:
         load_place("cluster", tmp_path)
     message = str(caught.value)
-    assert re.search(r'cluster\.toml:\d+: \[place\] kind = "cluster": a cluster can be looked at', message)
-    assert all(f"`reprise {name}`" in message for name in ("preflight", "render", "gpu", "doctor"))
+    assert re.search(r'cluster\.toml:\d+: \[place\] kind = "cluster": this command is for a laptop', message)
+    assert all(f"`reprise {name}`" in message for name in ("run", "preflight", "render", "gpu", "doctor"))
     assert caught.value.exit_code == 2
 
 

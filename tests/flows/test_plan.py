@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows import plan as plan_module
+from flows.on_laptop import OnLaptop
 from flows.plan import STEPS, Plan, make_plan
 from flows.project import Project
 from flows.settings import load_pipeline, load_place
@@ -59,8 +59,8 @@ class Folder:
         pipeline = load_pipeline(
             project.read_text(sha, "pipeline.toml"), overrides=overrides, file=self.path / "pipeline.toml"
         )
-        place = load_place("laptop", self.path)
-        return make_plan(pipeline, place, project, self.store, sha, management_url="http://127.0.0.1:9")
+        place = OnLaptop(settings=load_place("laptop", self.path))
+        return make_plan(pipeline, place, project, self.store, sha)
 
     def finish(self, plan: Plan) -> None:
         """Every step of the plan as done, with effects that stand."""
@@ -89,7 +89,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    monkeypatch.setattr(plan_module, "in_service", lambda url, pipeline: LABEL)
+    monkeypatch.setattr("flows.on_laptop.in_service", lambda url, pipeline: LABEL)
     project = tmp_path / "project"
     project.mkdir()
     return Folder(project)
@@ -157,7 +157,7 @@ def test_an_override_is_a_change_of_its_own(folder: Folder) -> None:
 
 def test_another_version_in_service_deploys_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.finish(folder.plan())
-    monkeypatch.setattr(plan_module, "in_service", lambda url, pipeline: "2.other")
+    monkeypatch.setattr("flows.on_laptop.in_service", lambda url, pipeline: "2.other")
     plan = folder.plan()
     assert runs(plan) == ["deploy_model", "check_endpoint"]
     assert plan.steps["deploy_model"].reason == "version 2.other is in service"
