@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,12 @@ from deployments.manifests import (
     WORKLOAD_LABEL,
     Manifest,
     labels_of,
-    manifest,
 )
 from deployments.node_memory import NodeMemory
 from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
 from deployments.pod_diagnosis import FATAL, HOPELESS, Waiting, not_created, waiting
 from deployments.pod_log import LogFeed
+from deployments.preflight import otherwise
 from deployments.workload import Cause, Outcome, Workload
 
 if TYPE_CHECKING:
@@ -136,11 +136,7 @@ class ClusterRun:
         identity = KEY_LABEL if mine.get(KEY_LABEL) else WORKLOAD_LABEL
         if mine[identity] in self.objects.values_of(identity):
             return
-        patient = self.workload.start_seconds is None
-        other = (
-            None if patient else manifest(replace(self.workload, spot=not self.workload.spot), self.cluster.settings)
-        )
-        for finding in guard.check(self.wanted, otherwise=other):
+        for finding in guard.check(self.wanted, otherwise=otherwise(self.workload, self.cluster.settings)):
             self.feed.say(f"preflight: {finding.what}: {finding.found}; {finding.fix}")
 
     def _left_over(self) -> bool:

@@ -11,6 +11,7 @@ Not covered: taking the snapshot (snapshot.py), pods that hang in spite of it (p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deployments.errors import PreflightError, StepError
@@ -79,18 +80,32 @@ def _all(
     save_seconds: float | None,
 ) -> Iterator[Finding]:
     for workload in workloads:
-        if isinstance(workload, Workload):
-            try:
-                made: Mapping[str, Any] = manifest(workload, place)
-            except StepError as error:
-                fix = "correct it in cluster.toml or pipeline.toml"
-                yield Finding(what="manifest", verdict="FAIL", found=f"{workload.name}: {error}", fix=fix)
-                continue
-        else:
-            made = workload
+        try:
+            made = manifest(workload, place) if isinstance(workload, Workload) else workload
+        except StepError as error:
+            fix = "correct it in cluster.toml or pipeline.toml"
+            yield Finding(what="manifest", verdict="FAIL", found=f"{workload.name}: {error}", fix=fix)  # type: ignore[union-attr]
+            continue
         case = case_of(made, snapshot, place, save_seconds)
+        other = otherwise(workload, place) if isinstance(workload, Workload) else None
+        second = case_of(other, snapshot, place) if other is not None else None
         for look in LOOKS:
-            yield from look(case)
+            found = list(look(case))
+            if look is look_at_places and second is not None and failures(found) and not failures(look(second)):
+                then = f"{'on-demand' if workload.spot else 'spot'} is asked for when it has waited"  # type: ignore[union-attr]
+                found = [_waits(f, then) if f.verdict == "FAIL" else f for f in found]
+            yield from found
+
+
+def _waits(finding: Finding, then: str) -> Finding:
+    return replace(finding, verdict="WARN", found=f"{finding.found}; {then}")
+
+
+def otherwise(workload: Workload, place: ClusterPlace) -> Mapping[str, Any] | None:
+    """What is asked for after a while if this finds no place: the same on the other capacity; None if it waits on."""
+    if workload.image != "train" or workload.start_seconds is None:
+        return None
+    return manifest(replace(workload, spot=not workload.spot), place)
 
 
 def case_of(

@@ -55,6 +55,14 @@ RIGHTS: tuple[Right, ...] = (
         needed=False,
         why="a spot interruption cannot be told from another loss of a node",
     ),
+    Right(
+        group="",
+        resource="nodes",
+        verb="list",
+        cluster_wide=True,
+        needed=False,
+        why="a job that no node could ever take is not refused before it is made",
+    ),
 )
 
 
@@ -150,13 +158,14 @@ def look_at_rights(case: Case) -> Iterator[Finding]:
         yield Finding(
             what="rights", verdict="FAIL", found=f"not allowed: {verbs}", fix=role(needed, case.snapshot.namespace)
         )
-    for right in (r for r in missing if not r.needed):
-        yield Finding(
-            what="rights",
-            verdict="WARN",
-            found=f"not allowed: {right.verb} {right.full}: {right.why}",
-            fix=role([right], case.snapshot.namespace),
-        )
+    for wide in (False, True):
+        if lacking := [r for r in missing if not r.needed and r.cluster_wide == wide]:
+            yield Finding(
+                what="rights",
+                verdict="WARN",
+                found="; ".join(f"not allowed: {r.verb} {r.full}: {r.why}" for r in lacking),
+                fix=role(lacking, case.snapshot.namespace),
+            )
     if not missing and answers:
         yield Finding(what="rights", verdict="OK", found=f"all {len(answers)} that are used")
     if why := case.snapshot.unreadable.get("access"):
@@ -172,12 +181,17 @@ def look_at_what_was_not_seen(case: Case) -> Iterator[Finding]:
     """What could not be read cannot be judged: said once, with the rule."""
     scopes = {"nodes": True, "pods": True, "persistentvolumes": True, "nodepools": True, "storageclasses": True}
     groups = {"nodepools": "karpenter.sh", "storageclasses": "storage.k8s.io"}
-    blind = [
-        p
-        for p in ("nodes", "pods", "resourcequotas", "limitranges", "persistentvolumeclaims", "nodepools")
-        if p in case.snapshot.unreadable
-    ]
-    if blind:
+    listed: tuple[str, ...] = ("nodes", "pods", "resourcequotas", "limitranges", "persistentvolumeclaims", "nodepools")
+    unreadable = case.snapshot.unreadable
+    if (pools := unreadable.get("nodepools", "")).startswith("karpenter.sh is there"):
+        yield Finding(
+            what="what can be seen",
+            verdict="WARN",
+            found=f"NodePools are not judged: {pools}",
+            fix="upgrade Karpenter to 1.0 or later",
+        )
+        listed = listed[:-1]
+    if blind := [plural for plural in listed if plural in unreadable]:
         rules = [{"apiGroups": [groups.get(p, "")], "resources": [p], "verbs": ["list"]} for p in blind]
         kind = "ClusterRole" if any(scopes.get(p) for p in blind) else "Role"
         yield Finding(

@@ -95,6 +95,12 @@ class Case:
     save_seconds: float | None = None  # of a checkpoint, as earlier attempts measured it
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_namespace(self) -> bool:
+        """Whether its namespace is there, as far as that can be seen: without it nothing in it is missed."""
+        known = self.snapshot.known("namespaces")
+        return not known or self.snapshot.find("namespaces", self.wanted.namespace) is not None
+
 
 SPOT_LABELS = {
     "karpenter.sh/capacity-type": "spot",

@@ -222,6 +222,8 @@ def look_at_images(case: Case) -> Iterator[Finding]:
 def look_at_references(case: Case) -> Iterator[Finding]:
     """What the pods name exists: service account, priority class, Secrets, queue."""
     snapshot, here = case.snapshot, case.wanted.namespace
+    if not case.has_namespace:
+        return
     for pods in case.wanted.sets:
         account = str(pods.spec.get("serviceAccountName") or "default")
         if snapshot.known("serviceaccounts") and not snapshot.find("serviceaccounts", account):

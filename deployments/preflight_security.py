@@ -40,7 +40,8 @@ def look_at_security(case: Case) -> Iterator[Finding]:
             what="namespace",
             verdict="FAIL",
             found=f"namespace {name} does not exist",
-            fix=f"kubectl create namespace {name}, or correct namespace in cluster.toml",
+            fix="kubectl apply -k of your overlay (deployments/k8s/README.md) makes it with all that belongs to it, or "
+            "correct namespace in cluster.toml",
         )
         return
     if (namespace.get("status") or {}).get("phase") == "Terminating":

@@ -61,7 +61,8 @@ def look_at_mlflow(case: Case) -> Iterator[Finding]:
     found = list(_probed(address, probe)) if probe is not None else list(_read(case, address))
     yield from found
     if not found:
-        how = "answers under this name" if probe is not None else "its Service and allowed hosts suit"
+        how = "its Service and allowed hosts suit" if address.service else "not a Service: not looked at from here"
+        how = how if probe is None else "answers under this name"
         yield Finding(what="MLflow", verdict="OK", found=f"{url}: {how}")
 
 
@@ -121,9 +122,17 @@ def _probed(address: Address, probe: Json) -> Iterator[Finding]:
 
 def _read(case: Case, address: Address) -> Iterator[Finding]:
     """Without a probe: what Service and Deployment say."""
-    if not address.service or address.namespace != case.snapshot.namespace or not case.snapshot.known("services"):
+    if not address.service:
         return
-    where = f"kubectl -n {address.namespace}"
+    where, snapshot = f"kubectl -n {address.namespace}", case.snapshot
+    if address.namespace not in (snapshot.services_of or (snapshot.namespace,)) or not snapshot.known("services"):
+        yield Finding(
+            what="MLflow",
+            verdict="WARN",
+            found=f"{address.url}: not looked at: Services in namespace {address.namespace} could not be listed",
+            fix=f"{where} get service,deployment, by somebody who may; in a pod of the cluster a preflight asks MLflow",
+        )
+        return
     service = case.snapshot.find("services", address.service, address.namespace)
     if service is None:
         known = ", ".join(sorted(s["metadata"]["name"] for s in case.snapshot.get("services"))) or "none"

@@ -17,7 +17,7 @@ SHM_PER_PROCESS = milli("64Mi")  # what a container runtime gives to one contain
 
 def look_at_claims(case: Case) -> Iterator[Finding]:
     """Every claim is there, bound or about to be, and may be mounted on as many nodes as are used."""
-    if not case.snapshot.known("persistentvolumeclaims"):
+    if not case.snapshot.known("persistentvolumeclaims") or not case.has_namespace:
         return
     for name in dict.fromkeys(n for p in case.wanted.sets for n in _claims(p)):
         claim = case.snapshot.find("persistentvolumeclaims", name, case.wanted.namespace)

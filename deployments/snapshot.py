@@ -24,6 +24,7 @@ from deployments.errors import ConfigError, GiveUp, PreflightError, StepError, U
 from deployments.kube_api import ApiStatus
 from deployments.manifests import ClusterPlace
 from deployments.preflight_access import RIGHTS, Right
+from deployments.preflight_services import Address
 from deployments.snapshot_trim import TRIMS
 
 Json = dict[str, Any]
@@ -60,6 +61,7 @@ class Snapshot:
     access: Sequence[Json] = ()  # {"group", "resource", "verb", "allowed", "reason"}
     objects: Mapping[str, Sequence[Json]] = field(default_factory=dict)  # plural -> objects
     unreadable: Mapping[str, str] = field(default_factory=dict)  # plural -> why
+    services_of: Sequence[str] = ()  # namespaces whose Services are here; empty: the own one
     probes: Mapping[str, Json] = field(default_factory=dict)  # mlflow, dvc: asked from where the pods are
     format: int = FORMAT
 
@@ -145,6 +147,7 @@ class Taker:
         self.access: list[Json] = []
         self.objects: dict[str, Sequence[Json]] = {}
         self.unreadable: dict[str, str] = {}
+        self.services_of: list[str] = []
         self._here = f"/namespaces/{place.namespace}"
 
     def ask(self, *parts: Callable[[], object]) -> None:
@@ -164,6 +167,7 @@ class Taker:
             access=sorted(self.access, key=lambda a: (a["group"], a["resource"], a["verb"])),
             objects=self.objects,
             unreadable=self.unreadable,
+            services_of=self.services_of,
             probes=dict(probes or {}),
         )
 
@@ -203,9 +207,12 @@ class Taker:
             yield self._secrets
 
     def services(self) -> None:
-        """What pods talk to in the namespace."""
-        self._list("services", f"/api/v1{self._here}/services")
-        self._list("deployments", f"/apis/apps/v1{self._here}/deployments")
+        """What pods talk to: in the namespace, and where MLflow is."""
+        tracking = Address.of(self.place.env.get("MLFLOW_TRACKING_URI", ""), self.place.namespace)
+        for name in dict.fromkeys([self.place.namespace, tracking.namespace]):
+            self._list("services", f"/api/v1/namespaces/{name}/services")
+            self._list("deployments", f"/apis/apps/v1/namespaces/{name}/deployments")
+            self.services_of.append(name)
 
     def operators(self) -> None:
         """Who acts on PyTorchJobs."""

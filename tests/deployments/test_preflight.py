@@ -424,7 +424,7 @@ SNAPSHOTS: dict[str, tuple[Change, str, str, str, str]] = {
         "cannot be reached from node",
         "shared file system",
     ),
-    "no namespace": (replaced("namespaces", []), "FAIL", "namespace", "does not exist", "kubectl create namespace"),
+    "no namespace": (replaced("namespaces", []), "FAIL", "namespace", "does not exist", "kubectl apply -k"),
     "no service account": (
         replaced("serviceaccounts", []),
         "FAIL",
