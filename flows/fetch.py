@@ -44,6 +44,11 @@ def fetch_revision(project: Project, rev: str) -> None:
         raise TryAgain(f"{project.root}: {rev} cannot be fetched: {said}; is the remote there? git remote -v")
 
 
+def origin_url(project: Project) -> str:
+    """The URL of the remote `origin`, empty if there is none."""
+    return _git(project, "remote", "get-url", "origin").stdout.strip()
+
+
 def has_commit(project: Project, sha: str) -> bool:
     """Whether the repository has the whole commit."""
     return _git(project, "cat-file", "-e", f"{sha}^{{commit}}").returncode == 0

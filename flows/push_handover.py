@@ -14,14 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from deployments.errors import ConfigError, StepError, TryAgain
+from flows.cluster_settings import ClusterSettings
 from flows.fetch import SHA, fetch_commit, has_commit, is_ancestor
 from flows.prefect_api import Prefect
 from flows.project import Project
 from flows.push_plan import Decision, decide, keys_at
 from flows.push_queue import ZERO, Entry, Push, PushQueue
-from flows.services import service_urls
 from flows.settings import PipelineSettings, PlaceSettings, load_pipeline
-from flows.start import Order, where
+from flows.start import Order, pipeline_file
+from flows.triggers import any_place, prefect_of
 
 LONGEST_SETTLE = 60.0  # seconds: however fast they come, a burst is decided after this
 REMOTE_PATIENCE = 86_400.0  # seconds that a remote may be without the commit before the push is refused
@@ -33,7 +34,7 @@ class Target:
     """One pipeline that pushes can start, as its checkout on this machine describes it."""
 
     settings: PipelineSettings
-    place: PlaceSettings
+    place: PlaceSettings | ClusterSettings
     project: Project
     queue: PushQueue
     prefect: Prefect
@@ -45,14 +46,19 @@ class Target:
 
 
 def open_target(pipeline: str, place: str) -> Target:
-    """Read the pipeline file on disk: what may start runs is decided here, not by a push. Raises ConfigError."""
-    file, settings, _ = where(Order(pipeline=pipeline, place=place))
+    """Read the pipeline file on disk: what may start runs is decided here, not by a push. Raises ConfigError.
+
+    The queue is on a disk of this machine also where runs are a cluster's: SQLite wants no network volume.
+    """
+    file = pipeline_file(Order(pipeline=pipeline))
+    settings = any_place(place, file.parent)
+    state = file.parent / ".reprise" if isinstance(settings, ClusterSettings) else settings.state
     return Target(
         settings=load_pipeline(file),
         place=settings,
         project=Project(file.parent),
-        queue=PushQueue(settings.state / "push" / "queue.db"),
-        prefect=Prefect(url=service_urls(settings)["prefect"]),
+        queue=PushQueue(state / "push" / "queue.db"),
+        prefect=prefect_of(settings),
     )
 
 
@@ -148,11 +154,11 @@ def _late(project: Project, push: Push, than: str) -> bool:
 
 def _compare(target: Target, base: str, push: Push) -> Decision:
     """The decision about what lies between two commits. Raises ConfigError for a commit that cannot be run."""
-    after = keys_at(target.project, target.settings, target.place, push.after)
+    after = keys_at(target.project, target.settings, push.after)
     before = None
     if base != ZERO and has_commit(target.project, base):
         try:
-            before = keys_at(target.project, target.settings, target.place, base)
+            before = keys_at(target.project, target.settings, base)
         except StepError:  # it was broken before: there is nothing to compare with
             before = None
     return decide(before, after)

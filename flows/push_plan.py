@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flows.on_laptop import OnLaptop
-from flows.plan import make_plan
+from flows.plan import step_keys
 from flows.project import Project
-from flows.settings import PipelineSettings, PlaceSettings, load_pipeline
-from tasks.records import Store
+from flows.settings import PipelineSettings, load_pipeline
 
 Action = Literal["nothing", "redeploy", "retrain"]
 TRAINING = ("pull_data", "train_model")
@@ -84,14 +82,13 @@ def _and(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def keys_at(project: Project, pipeline: PipelineSettings, place: PlaceSettings, sha: str) -> dict[str, StepKey]:
-    """The step keys at a commit, as a run of it would have them. Raises ConfigError or PreflightError.
+def keys_at(project: Project, pipeline: PipelineSettings, sha: str) -> dict[str, StepKey]:
+    """The step keys at a commit, as a run of it would have them anywhere. Raises ConfigError or PreflightError.
 
     `pipeline` only says which file it is: what it says at the commit counts.
     """
     name = pipeline.file.name
     text = project.read_text(sha, project.in_repo(name))
     at_commit = load_pipeline(text, source_name=f"{name}@{sha[:7]}", file=pipeline.file)
-    nowhere = Store(root=str(place.state / "push" / "no-records"))  # keys do not depend on what was done
-    plan = make_plan(at_commit, OnLaptop(settings=place), project, nowhere, sha)
-    return {step.name: StepKey(key=step.key, inputs=step.inputs) for step in plan.steps.values()}
+    keys = step_keys(at_commit, project, sha)
+    return {step: StepKey(key=key, inputs=inputs) for step, (key, inputs) in keys.steps.items()}

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import StepError
+from deployments.errors import ConfigError, StepError
 from deployments.processes import SERVICE_MARK
 from deployments.service_launches import Service
+from flows.cluster_settings import ClusterSettings
 from flows.display import say
 from flows.prefect_api import Prefect
 from flows.push_handover import Target, drain_forever, open_target
@@ -39,24 +40,27 @@ END_SECONDS = 26.0  # for flows that were told to end
 
 
 def serve(pipeline: str, place: str) -> None:
-    """Run until SIGTERM or Ctrl-C. Raises TryAgain if Prefect is not there."""
+    """Run until SIGTERM or Ctrl-C. Raises TryAgain if Prefect is not there, ConfigError for a cluster."""
     target = open_target(pipeline, place)
+    laptop = target.place
+    if isinstance(laptop, ClusterSettings):
+        raise ConfigError(f"{laptop.file}: a cluster's flows are started by its Deployment prefect-worker")
     target.prefect.call("GET", "/health")
     # Flows and trainers that are started from here must not be taken for parts of this service.
     os.environ.pop(SERVICE_MARK, None)
-    prefect_environment(target.place)
+    prefect_environment(laptop)
     os.environ["PREFECT_WORKER_QUERY_SECONDS"] = str(POLL_SECONDS)
     stop = threading.Event()
     loops = [
         threading.Thread(target=drain_forever, args=(target, stop.wait, say), daemon=True),
         threading.Thread(target=report_forever, args=(target, stop.wait, say), daemon=True),
-        threading.Thread(target=_look_after, args=(target, stop.wait), daemon=True),
+        threading.Thread(target=_look_after, args=(target, laptop, stop.wait), daemon=True),
     ]
     for loop in loops:
         loop.start()
     say(f"serving {target.name}: {target.prefect.url}/deployments")
     try:
-        asyncio.run(_work(target.place))
+        asyncio.run(_work(laptop))
     finally:
         stop.set()
 
@@ -110,9 +114,9 @@ def _command(process: Any) -> list[str]:
         return []
 
 
-def _look_after(target: Target, stopped: Callable[[float], bool]) -> None:
+def _look_after(target: Target, place: PlaceSettings, stopped: Callable[[float], bool]) -> None:
     """Find dead flows until told to stop. Survives whatever goes wrong."""
-    store, told = Store(root=str(target.place.state / "store")), ""
+    store, told = Store(root=str(place.state / "store")), ""
     while not stopped(SWEEP_SECONDS):
         try:
             deployment = target.prefect.deployment(target.name)

@@ -12,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.cluster_settings import ClusterSettings
 from flows.display import ago, next_commands, say, show_json, table
 from flows.settings import PlaceSettings, load_pipeline
-from flows.start import Order, where
+from flows.start import Order, pipeline_file
 
 if TYPE_CHECKING:
     from flows.push_queue import Entry
@@ -24,16 +25,17 @@ WORKER_STOP_SECONDS = 28.0  # a trainer that saves first needs its grace
 
 def deploy_pipeline(*, pipeline: str, place: str, render_only: bool, as_json: bool) -> None:
     """`reprise deploy`"""
-    from flows.triggers import pool_name, register, render
+    from flows.triggers import any_place, pool_name, prefect_of, register, render
 
-    file, settings, _ = where(Order(pipeline=pipeline, place=place))
-    loaded = load_pipeline(file)
+    file = pipeline_file(Order(pipeline=pipeline))
+    settings, loaded = any_place(place, file.parent), load_pipeline(file)
     if render_only:
         print(render(loaded, settings), end="")
         return
     deployment = register(loaded, settings)
-    ensure_serving(file, settings)
-    url = f"http://127.0.0.1:{settings.ports.prefect}/deployments/deployment/{deployment}"
+    if not isinstance(settings, ClusterSettings):
+        ensure_serving(file, settings)
+    url = f"{prefect_of(settings).url}/deployments/deployment/{deployment}"
     schedule = loaded.schedule
     timed = f"{schedule.cron} {schedule.timezone}{' (paused)' if schedule.paused else ''}" if schedule.cron else "none"
     if as_json:

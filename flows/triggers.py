@@ -3,23 +3,29 @@
     reprise deploy                      # again after each change of [schedule] or of [train]
     reprise deploy --render             # the same as a prefect.yaml for stock `prefect deploy`
 
-Runs are started by a worker of the process pool `reprise-<place>` (flows.serve). A run that is late, because no worker
+On a laptop runs are started by a worker of the process pool `reprise-laptop` (flows.serve), on a cluster by that of its
+Kubernetes pool (flows.cluster_deployment). A run that is late, because no worker
 ran, starts when one does; runs that a sleeping server missed are not made up for. Not covered: git pushes
 (flows.push_receiver), the flow itself (flows.retrain).
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
-from flows.fetch import branches
+from deployments.errors import ConfigError
+from flows.cluster_settings import ClusterSettings, load_cluster
+from flows.fetch import branches, origin_url
 from flows.form import form
+from flows.place_settings import kind_of, read_place
 from flows.prefect_api import FLOW, Prefect
 from flows.project import Project
 from flows.services import service_urls
-from flows.settings import PipelineSettings, PlaceSettings
+from flows.settings import PipelineSettings, PlaceSettings, load_place
 from flows.zombies import SILENCE
 
 ENTRYPOINT = "flows.retrain.retrain"
@@ -29,21 +35,53 @@ AUTOMATION = "reprise: a flow without heartbeat has crashed"
 OVERLAP = {"wait": "ENQUEUE", "skip": "CANCEL_NEW"}
 
 
-def pool_name(place: PlaceSettings) -> str:
+def any_place(place: str, folder: Path) -> PlaceSettings | ClusterSettings:
+    """The settings of a place of either kind, as seen from the project folder. Raises ConfigError."""
+    cluster = kind_of(read_place(place, folder)[1]) == "cluster"
+    return load_cluster(place, folder) if cluster else load_place(place, folder)
+
+
+def prefect_of(place: PlaceSettings | ClusterSettings) -> Prefect:
+    """A place's server, as this process reaches it: of a cluster $PREFECT_API_URL counts first, which its pods have."""
+    if not isinstance(place, ClusterSettings):
+        return Prefect(url=service_urls(place)["prefect"])
+    given = os.environ.get("PREFECT_API_URL", "").rstrip("/").removesuffix("/api")
+    return Prefect(url=given or place.services.prefect_outside or place.services.prefect)
+
+
+def pool_name(place: PlaceSettings | ClusterSettings) -> str:
     """The work pool whose worker runs a place's flows."""
-    return f"reprise-{place.kind}"
+    return place.place.work_pool if isinstance(place, ClusterSettings) else f"reprise-{place.kind}"
 
 
-def register(pipeline: PipelineSettings, place: PlaceSettings) -> str:
-    """Create or renew the deployment `retrain/<pipeline>`; returns its id. Raises TryAgain without a server."""
-    prefect = Prefect(url=service_urls(place)["prefect"])
+def register(pipeline: PipelineSettings, place: PlaceSettings | ClusterSettings) -> str:
+    """Create or renew the deployment `retrain/<pipeline>` and the watch; returns its id. Raises TryAgain without a
+    server, PreflightError for a cluster without its pool."""
+    prefect = prefect_of(place)
+    if isinstance(place, ClusterSettings):
+        from flows.cluster_deployment import register_on_cluster
+
+        made = register_on_cluster(prefect, pipeline, place, git=_git_url(pipeline, place))
+        install_automation(prefect)
+        return made
     if prefect.find(f"/work_pools/{pool_name(place)}") is None:
         # Its worker fills in the template of the process type when it starts.
         prefect.call("POST", "/work_pools/", {"name": pool_name(place), "type": "process", "base_job_template": {}})
     flow = prefect.call("POST", "/flows/", {"name": FLOW})
-    made = prefect.call("POST", "/deployments/", {"flow_id": flow["id"], **deployment(pipeline, place)})
-    _install_automation(prefect)
-    return str(made["id"])
+    renewed = prefect.call("POST", "/deployments/", {"flow_id": flow["id"], **deployment(pipeline, place)})
+    install_automation(prefect)
+    return str(renewed["id"])
+
+
+def _git_url(pipeline: PipelineSettings, place: ClusterSettings) -> str:
+    """Where a pod clones from. Raises ConfigError if nobody says it."""
+    url = place.project.git or origin_url(Project(pipeline.folder))
+    if not url:
+        raise ConfigError(
+            f"{place.file}: [project] git is not set and {pipeline.folder} has no remote `origin`; a flow's pod clones "
+            "the project: git remote add origin URL"
+        )
+    return url
 
 
 def deployment(pipeline: PipelineSettings, place: PlaceSettings) -> dict[str, Any]:
@@ -87,7 +125,7 @@ def _place_name(place: PlaceSettings) -> str:
     return place.kind if shipped_or_beside else str(place.file)
 
 
-def _install_automation(prefect: Prefect) -> None:
+def install_automation(prefect: Prefect) -> None:
     """A run whose process vanished with its machine stays Running; Prefect marks it once its heartbeats stop."""
     wanted = {"automations": {"name": {"any_": [AUTOMATION]}}}
     found = prefect.call("POST", "/automations/filter", wanted)
@@ -122,11 +160,16 @@ def _install_automation(prefect: Prefect) -> None:
         prefect.call("POST", "/automations/", body)
 
 
-def render(pipeline: PipelineSettings, place: PlaceSettings) -> str:
+def render(pipeline: PipelineSettings, place: PlaceSettings | ClusterSettings) -> str:
     """The prefect.yaml of this pipeline, for `prefect deploy --prefect-file FILE --all`."""
     import yaml
 
-    made = deployment(pipeline, place)
+    if isinstance(place, ClusterSettings):
+        from flows.cluster_deployment import cluster_deployment
+
+        made = cluster_deployment(pipeline, place, git=_git_url(pipeline, place))
+    else:
+        made = deployment(pipeline, place)
     schedules = [
         {
             "cron": s["schedule"]["cron"],

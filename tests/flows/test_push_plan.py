@@ -9,7 +9,6 @@ import pytest
 
 from deployments.errors import ConfigError
 from flows.example import change_data, create_project
-from flows.place_settings import load_place
 from flows.project import Project
 from flows.push_plan import Decision, StepKey, decide, keys_at
 from flows.settings import load_pipeline
@@ -91,7 +90,7 @@ def edit(folder: Path, old: str, new: str, file: str = "pipeline.toml") -> str:
 def test_the_table_over_real_commits(folder: Path) -> None:
     """Documentation, data, code, parameters, serving, gate, check, budgets, triggers, a broken file: one line each."""
     project = Project(folder)
-    pipeline, place = load_pipeline(folder / "pipeline.toml"), load_place("laptop", folder)
+    pipeline = load_pipeline(folder / "pipeline.toml")
     at = project.resolve("HEAD")
     table = [
         (lambda: commit(folder, README__md="new words\n"), "nothing", "nothing that a model"),
@@ -109,8 +108,8 @@ def test_the_table_over_real_commits(folder: Path) -> None:
     ]
     for change, action, reason in table:
         before, at = at, change()
-        decision = decide(keys_at(project, pipeline, place, before), keys_at(project, pipeline, place, at))
+        decision = decide(keys_at(project, pipeline, before), keys_at(project, pipeline, at))
         assert (decision.action, decision.reason[: len(reason)]) == (action, reason)
     broken = edit(folder, "[gate]", "[gait]")
     with pytest.raises(ConfigError, match=rf"pipeline.toml@{broken[:7]}:\d+: \[gait\]: unknown section"):
-        keys_at(project, pipeline, place, broken)
+        keys_at(project, pipeline, broken)

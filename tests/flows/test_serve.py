@@ -42,7 +42,7 @@ def test_a_loop_survives_what_goes_wrong(capsys: pytest.CaptureFixture[str], mon
             raise TryAgain("Prefect is away")
 
     stops = iter([False, False, False, True])
-    target = SimpleNamespace(place=SimpleNamespace(state=Path("/nowhere")), prefect=Away(), name="digits")
-    serve._look_after(target, lambda seconds: next(stops))  # type: ignore[arg-type]
+    target = SimpleNamespace(prefect=Away(), name="digits")
+    serve._look_after(target, SimpleNamespace(state=Path("/nowhere")), lambda seconds: next(stops))  # type: ignore[arg-type]
     assert Away.looks == 3
     assert capsys.readouterr().out.count("Prefect is away") == 1
