@@ -262,16 +262,21 @@ def preflight(
 def render(
     *,
     step: Annotated[str, Parameter(help="Only this step's objects.")] = "",
+    server: Annotated[
+        bool, Parameter(negative="", help="Ask the API server whether it would take them; nothing is created.")
+    ] = False,
     pipeline: Pipeline = "",
     rev: Rev = "HEAD",
     set: Set = (),
     place: ClusterName = "cluster",
+    json: Json = False,
 ) -> None:
     """Print the Kubernetes objects that a run would create, for kubectl."""
     from flows.cluster_commands import show_render
     from flows.start import Order
 
-    show_render(Order(pipeline=pipeline, rev=rev, overrides=set, place=place), step=step)
+    order = Order(pipeline=pipeline, rev=rev, overrides=set, place=place)
+    show_render(order, step=step, server=server, as_json=json)
 
 
 @app.command

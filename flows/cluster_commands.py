@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.errors import ConfigError
-from flows.cluster_settings import ClusterSettings, load_cluster
+from flows.cluster_settings import load_cluster
 from flows.place_settings import kind_of, load_place, read_place
 from flows.run import run_ids
 from flows.start import Order, at_revision, pipeline_file
@@ -35,7 +35,9 @@ def show_cluster_preflight(order: Order, *, snapshot: str = "", save: str = "", 
         pipeline=pipeline.name,
         workers=pipeline.train.workers,
         resources=cluster.resources.by_step(),
+        nodes=cluster.resources.train_model.nodes,
         spot=cluster.spot.train,
+        start_seconds=cluster.spot.policy().start_seconds if cluster.spot.fallback and cluster.spot.train else None,
         grace_seconds=cluster.spot.grace,
     )
     data = project.in_repo(pipeline.data.path)
@@ -63,20 +65,36 @@ def examine_place(order: Order, *, snapshot: str = "", as_json: bool) -> None:
     show_findings(order, as_json=as_json)
 
 
-def show_render(order: Order, *, step: str = "") -> None:
-    """`reprise render`"""
-    from flows.render import render_run, rendering
+def show_render(order: Order, *, step: str = "", server: bool = False, as_json: bool = False) -> None:
+    """`reprise render`; with `server` the API server's word on every object, PreflightError if it refuses one."""
+    from flows.render import objects_of_run, render_run, rendering
 
     file = pipeline_file(order)
     cluster = load_cluster(order.place, file.parent)
     project, pipeline, sha = at_revision(order, file)
-    print(render_run(rendering(pipeline, cluster, project, sha), step), end="")
+    asked = rendering(pipeline, cluster, project, sha)
+    if not server:
+        if as_json:
+            raise ConfigError("--json: expected --server with it; without it the objects are YAML")
+        print(render_run(asked, step), end="")
+        return
+    from deployments.dry_run import dry_run
+    from deployments.kube_api import connect
+    from flows.preflight import show_preflight
+
+    objects = objects_of_run(asked, step)
+    api = connect(kubeconfig=cluster.place.kubeconfig, context=cluster.place.context)
+    try:
+        show_preflight(list(dry_run(api, objects)), as_json=as_json, what="objects")
+    finally:
+        api.close()
 
 
 def show_gpu_use(order: Order, *, prometheus: str = "", minutes: float = 60.0, as_json: bool) -> None:
     """`reprise gpu`: use by run. Raises ConfigError without a Prometheus, Unreachable if it does not answer."""
-    from flows.gpu_use import Prometheus, gpu_uses, runs_of_pods, show_gpu
+    from flows.gpu_use import Prometheus, gpu_uses, runs_of_keys, runs_of_pods, show_gpu
     from tasks.attempts import progress_of
+    from training.verdict import sentence_of
 
     url = prometheus or os.environ.get("PROMETHEUS_URL", "")
     if not url:
@@ -86,14 +104,21 @@ def show_gpu_use(order: Order, *, prometheus: str = "", minutes: float = 60.0, a
         )
     if not minutes > 0:
         raise ConfigError(f"--minutes {minutes:g}: expected a number above zero, such as 60")
+    server = Prometheus(url=url)
     store, since = _store(order), time.time() - minutes * 60
+    if store is None:  # outside the cluster: the metrics themselves say which run a training belongs to
+        keys = runs_of_keys(server, minutes=minutes)
+        show_gpu(gpu_uses(server, keys=keys, timelines=None, minutes=minutes), as_json=as_json, minutes=minutes)
+        return
     read = (store.read(f"runs/{run}") for run in run_ids(store))
     documents: list[dict[str, Any]] = [d for d in read if d is not None and (d.get("ended") or since) >= since]
-    timelines = {}
+    timelines, verdicts = {}, {}
     for document in documents:
         key = next((s["key"] for s in document["steps"] if s["name"] == "train_model"), "")
-        timelines[str(document["run"])] = progress_of(str(store.path / "trainings" / key / "progress.jsonl"))
-    uses = gpu_uses(Prometheus(url=url), pods=runs_of_pods(documents), timelines=timelines, minutes=minutes)
+        training = store.path / "trainings" / key
+        timelines[str(document["run"])] = progress_of(str(training / "progress.jsonl"))
+        verdicts[str(document["run"])] = sentence_of(training / "output")
+    uses = gpu_uses(server, pods=runs_of_pods(documents), timelines=timelines, verdicts=verdicts, minutes=minutes)
     show_gpu(uses, as_json=as_json, minutes=minutes)
 
 
@@ -109,16 +134,10 @@ def _kind(order: Order) -> str:
         return ""
 
 
-def _store(order: Order) -> Store:
-    """The records of a place's runs. Raises ConfigError where the state volume of a cluster is not mounted."""
+def _store(order: Order) -> Store | None:
+    """The records of a place's runs; None where the state volume of a cluster is not mounted."""
     folder = pipeline_file(order).parent
     if kind_of(read_place(order.place, folder)[1]) != "cluster":
         return Store(root=str(load_place(order.place, folder).state / "store"))
-    cluster: ClusterSettings = load_cluster(order.place, folder)
-    root = Path(cluster.state.mount)
-    if not root.is_dir():
-        raise ConfigError(
-            f"{cluster.file.name}: [state] mount = {cluster.state.mount}: not a folder here, so its runs are not "
-            "known; run this where the state volume is mounted"
-        )
-    return Store(root=str(root / "store"))
+    root = Path(load_cluster(order.place, folder).state.mount)
+    return Store(root=str(root / "store")) if root.is_dir() else None

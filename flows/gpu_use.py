@@ -32,6 +32,8 @@ GAP_SAMPLES = 3  # so many samples missing end a stretch
 # GPU_UTIL does not exist on MIG devices; GR_ENGINE_ACTIVE, a share of 1, does.
 USE = ("DCGM_FI_PROF_GR_ENGINE_ACTIVE", "DCGM_FI_DEV_GPU_UTIL")
 MEMORY_USED, MEMORY_FREE = "DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_FB_FREE"  # MiB
+ELSEWHERE = "its steps are told on the state volume: run this where that is mounted, or set [train] profile = true"
+_TRAINING = re.compile(r"train-(?P<key>[0-9a-f]{12})-\d+")
 _POD = re.compile(r"(?P<workload>.+)-(?:master|worker)-\d+")
 
 
@@ -89,15 +91,18 @@ class GpuUse:
 def gpu_uses(
     prometheus: Prometheus,
     *,
-    pods: Mapping[str, str],
+    pods: Mapping[str, str] | None = None,
+    keys: Mapping[str, str] | None = None,
     timelines: Mapping[str, Sequence[Json]] | None = None,
+    verdicts: Mapping[str, str] | None = None,
     minutes: float = 60.0,
     now: float | None = None,
 ) -> list[GpuUse]:
     """Use by run over the last minutes, the lowest first.
 
-    `pods`: name of a training workload -> run. `timelines`: run -> the trainer's progress lines. GPUs of other pods are
-    left out. Raises as `Prometheus.range`.
+    `pods`: name of a training workload -> run; `keys`: the first 12 of a training's key -> run. `timelines`: run -> the
+    trainer's progress lines; None: they are not to be had here. `verdicts`: run -> what its profile said. GPUs of other
+    pods are left out. Raises as `Prometheus.range`.
     """
     end = time.time() if now is None else now
     start = end - minutes * 60
@@ -106,7 +111,7 @@ def gpu_uses(
         found: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for series in prometheus.range(metric, start, end, STEP_SECONDS):
             labels = series.get("metric") or {}
-            run = run_of(labels, pods)
+            run = run_of(labels, pods or {}, keys or {})
             if run:
                 points = [(float(t), float(v)) for t, v in series.get("values") or () if math.isfinite(float(v))]
                 found.setdefault((run, device_of(labels)), []).extend(points)
@@ -115,22 +120,25 @@ def gpu_uses(
     engine, util = (read(metric) for metric in USE)
     use = {**util, **{key: [(t, 100 * v) for t, v in points] for key, points in engine.items()}}
     used, free = read(MEMORY_USED), read(MEMORY_FREE)
-    told = timelines or {}
     found = []
     for run in sorted({run for run, _ in use}):
         devices = {device: sorted(points) for (owner, device), points in use.items() if owner == run and points}
         if devices:
             memory = _memory(run, used, free)
-            found.append(judge(run, devices, memory=memory, timeline=told.get(run, ()), window=(start, end)))
+            told = None if timelines is None else timelines.get(run, ())
+            said = (verdicts or {}).get(run, "")
+            found.append(judge(run, devices, memory=memory, timeline=told, verdict=said, window=(start, end)))
     return sorted(found, key=lambda u: u.use)
 
 
-def run_of(labels: Json, pods: Mapping[str, str]) -> str:
+def run_of(labels: Json, pods: Mapping[str, str], keys: Mapping[str, str]) -> str:
     """The run whose pod a series is of; "" for anybody else's."""
     # Without honorLabels a scrape renames the exporter's own label, and `pod` is the exporter.
     pod = str(labels.get("exported_pod") or labels.get("pod") or "")
     match = _POD.fullmatch(pod)
-    return pods.get(match["workload"] if match else pod, "")
+    workload = match["workload"] if match else pod
+    training = _TRAINING.fullmatch(workload)
+    return pods.get(workload, "") or (keys.get(training["key"], "") if training else "")
 
 
 def device_of(labels: Json) -> str:
@@ -144,13 +152,18 @@ def judge(
     devices: Mapping[str, Sequence[tuple[float, float]]],
     *,
     memory: float | None = None,
-    timeline: Sequence[Json] = (),
+    timeline: Sequence[Json] | None = (),
+    verdict: str = "",
     window: tuple[float, float] = (0.0, math.inf),
 ) -> GpuUse:
     """Pure: samples (unix seconds, per cent) of a run's devices -> how it used them, and why not better."""
     values = [value for points in devices.values() for _, value in points]
     low = max((_longest_low(points) for points in devices.values()), default=0.0) / 60
-    lines = [line for line in timeline if window[0] <= float(line.get("time", 0)) <= window[1]]
+    reason = ""
+    if low >= ALERT_MINUTES:
+        within = (line for line in timeline or () if window[0] <= float(line.get("time", 0)) <= window[1])
+        reason = likely_reason(list(within), memory) if timeline is not None else ELSEWHERE
+        reason = f"its profile: {verdict}" if verdict else reason
     return GpuUse(
         run=run,
         gpus=len(devices),
@@ -160,7 +173,7 @@ def judge(
         memory=memory,
         low_minutes=round(low, 1),
         shared=any(device.rpartition("/")[2] for device in devices),
-        reason=likely_reason(lines, memory) if low >= ALERT_MINUTES else "",
+        reason=reason,
     )
 
 
@@ -245,6 +258,21 @@ def show_gpu(uses: Iterable[GpuUse], *, as_json: bool, minutes: float) -> None:
         ],
     )
     say(f"alert: below {THRESHOLD:.0f} % for {ALERT_MINUTES:.0f} minutes together", style="dim")
+
+
+def runs_of_keys(prometheus: Prometheus, *, minutes: float, now: float | None = None) -> dict[str, str]:
+    """The first 12 of a training's key -> run, as the run metrics tell it (deployments.run_metrics).
+
+    Raises as `Prometheus.range`.
+    """
+    end = time.time() if now is None else now
+    newest: dict[str, tuple[float, str]] = {}
+    for series in prometheus.range("reprise_training_running", end - minutes * 60, end, STEP_SECONDS):
+        labels, values = series.get("metric") or {}, series.get("values") or ()
+        if values and labels.get("key"):
+            last = (float(values[-1][0]), str(labels.get("run") or ""))
+            newest[str(labels["key"])] = max(newest.get(str(labels["key"]), last), last)
+    return {key: run for key, (_, run) in newest.items() if run}
 
 
 def runs_of_pods(documents: Iterable[Json]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from deployments.snapshot import Snapshot, take
 from deployments.workload import Resources, Workload
 from flows.display import say, show_json, table
 
-STEPS = ("pull_data", "register_model", "package_model", "check_endpoint", "write_report")
+STEPS = ("pull_data", "register_model", "package_model", "deploy_model", "check_endpoint", "write_report")
 ORDER = {"FAIL": 0, "WARN": 1, "OK": 2}
 
 
@@ -32,20 +32,23 @@ def planned_workloads(
     resources: Mapping[str, Resources],
     nodes: int = 1,
     spot: bool = True,
+    start_seconds: float | None = None,
     grace_seconds: float = 30.0,
 ) -> list[Workload]:
     """What a run of the pipeline would create, as far as a cluster is concerned: the training first, then the steps.
 
-    `workers`: processes on each of the nodes. `resources`: by step; a step without an entry asks for the default.
+    `workers`: processes over all nodes. `start_seconds`: until the other capacity is asked for; None: it never is.
+    `resources`: by step; a step without an entry asks for the default.
     """
     training = Workload(
         name="train-preflight",
         image="train",
-        command=("python", "-m", "training.launch", "--spec", "{request}", "--processes", str(workers)),
+        command=("python", "-m", "training.launch", "--spec", "{request}", "--processes", str(workers // nodes)),
         resources=resources.get("train_model", Resources()),
         replicas=nodes,
-        processes=workers,
+        processes=workers // nodes,
         spot=spot,
+        start_seconds=start_seconds,
         grace_seconds=grace_seconds,
         labels={"pipeline": pipeline, "step": "train_model"},
     )
@@ -55,6 +58,7 @@ def planned_workloads(
             image="step",
             command=("python", "-m", "tasks.step", step, "{request}", "{result}"),
             resources=resources.get(step, Resources()),
+            account="deploy" if step == "deploy_model" else "",
             labels={"pipeline": pipeline, "step": step},
         )
         for step in STEPS
@@ -112,8 +116,8 @@ def dvc_probe(ask: Any) -> dict[str, Any]:
     return {"remote": "the data's remote", "verify": True}
 
 
-def show_preflight(findings: Sequence[Finding], *, as_json: bool) -> None:
-    """A table, or JSON; then PreflightError (exit code 3) if there is a FAIL."""
+def show_preflight(findings: Sequence[Finding], *, as_json: bool, what: str = "checks") -> None:
+    """A table, or JSON; then PreflightError (exit code 3) if there is a FAIL. `what`: what a row is about."""
     if as_json:
         show_json([asdict(f) for f in findings])
     else:
@@ -123,4 +127,4 @@ def show_preflight(findings: Sequence[Finding], *, as_json: bool) -> None:
             say(f"it would run; {warned} {'thing' if warned == 1 else 'things'} to know")
     if failed := failures(findings):
         names = ", ".join(dict.fromkeys(f.what for f in failed))
-        raise PreflightError(f"{len(failed)} of {len(findings)} checks failed: {names}")
+        raise PreflightError(f"{len(failed)} of {len(findings)} {what} failed: {names}")

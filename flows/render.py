@@ -4,7 +4,8 @@
 
 Pure: the same commit and the same cluster.toml give the same text, on every machine. The training is complete. What a
 step is asked holds what a plan knows (key, digests, settings); the rest is the results of the steps before it, which
-the flow adds when it creates the Job. Not covered: creating them (deployments.cluster), what lives long
+the flow adds when it creates the Job. After the deploying step come the objects that it applies. With --server the API
+server says whether it would take them. Not covered: creating them (deployments.cluster), what lives long
 (deployments/k8s).
 """
 
@@ -66,12 +67,7 @@ def rendering(pipeline: PipelineSettings, cluster: ClusterSettings, project: Pro
 
 def render_run(asked: Rendering, step: str = "") -> str:
     """The YAML of all steps in their order, or of one. Raises ConfigError for a step that is none."""
-    if step and step not in RENDERED:
-        raise ConfigError(
-            f"--step {step}: no step{did_you_mean(step, RENDERED)}; expected one of: {', '.join(RENDERED)}"
-        )
-    place = asked.cluster.cluster_place()
-    objects = [made for name in ([step] if step else RENDERED) for made in _objects(asked, name, place)]
+    objects, place = objects_of_run(asked, step), asked.cluster.cluster_place()
     return (
         f"# {asked.pipeline.name} at {asked.sha[:12]}, data {asked.keys.data.digest[:12]}, "
         f"namespace {place.namespace}\n"
@@ -81,9 +77,19 @@ def render_run(asked: Rendering, step: str = "") -> str:
     )
 
 
+def objects_of_run(asked: Rendering, step: str = "") -> list[Manifest]:
+    """The objects themselves. Raises ConfigError for a step that is none."""
+    if step and step not in RENDERED:
+        raise ConfigError(
+            f"--step {step}: no step{did_you_mean(step, RENDERED)}; expected one of: {', '.join(RENDERED)}"
+        )
+    place = asked.cluster.cluster_place()
+    return [made for name in ([step] if step else RENDERED) for made in _objects(asked, name, place)]
+
+
 def _objects(asked: Rendering, step: str, place: ClusterPlace) -> list[Manifest]:
     if step == "deploy_model":
-        return serving_objects(_serving(asked), place)
+        return [manifest(_step(asked, step), place), *serving_objects(_serving(asked), place)]
     return [manifest(_training(asked) if step == "train_model" else _step(asked, step), place)]
 
 
@@ -126,6 +132,7 @@ def _step(asked: Rendering, step: str) -> Workload:
         command=("python", "-m", "tasks.step", step, "{request}", "{result}"),
         request=_known(asked, step),
         resources=_resources(asked, step),
+        account="deploy" if step == "deploy_model" else "",
         labels={"run": asked.run, "pipeline": asked.pipeline.name, "step": step, "key": key},
     )
 
@@ -145,11 +152,13 @@ def _known(asked: Rendering, step: str) -> dict[str, Any]:
         }
     if step == "register_model":
         return {**known, "key": asked.keys.steps[step][0], "gate": pipeline.gate.model_dump()}
+    if step == "deploy_model":
+        return {"pipeline": pipeline.name, "key": asked.keys.steps[step][0]}
     if step == "package_model":
         models = str(asked.state / "store" / "models")
         return {"pipeline": pipeline.name, "key": asked.keys.steps[step][0], "model_store": models}
     if step == "check_endpoint":
-        url = f"http://{_serving(asked).name}/predictions/{pipeline.name}"
+        url = f"http://{_serving(asked).name}.{asked.cluster.place.namespace}:8080/predictions/{pipeline.name}"
         return {"pipeline": pipeline.name, "url": url, **pipeline.check.model_dump()}
     return {"tracking_uri": asked.cluster.services.mlflow}
 

@@ -123,7 +123,7 @@ def test_the_cluster_of_the_project_and_its_settings_count(
         (["gpu"], "PROMETHEUS_URL"),
         (["gpu", "--prometheus", "http://127.0.0.1:9", "--minutes", "0"], "--minutes 0"),
         (["gpu", "--prometheus", "localhost:9090"], "expected http://HOST:PORT"),
-        (["gpu", "--prometheus", "http://127.0.0.1:9", "--place", "cluster"], "[state] mount = /reprise"),
+        (["render", "--json"], "expected --server with it"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -152,12 +152,6 @@ def test_a_mistake_is_one_message_and_exit_code_2(
         ("who-uses", "abc"),
         ("audit",),
         ("tune-serving",),
-        ("deploy",),
-        ("deploy", "--render"),
-        ("serve",),
-        ("hook", "serve"),
-        ("hook", "push", "a", "b", "refs/heads/main"),
-        ("hook", "list"),
     ],
 )
 def test_every_other_command_says_what_works_on_a_cluster(
@@ -185,6 +179,7 @@ def test_a_run_is_rendered_step_by_step(project: Path, capsys: pytest.CaptureFix
         ("PyTorchJob", "train_model"),
         ("Job", "register_model"),
         ("Job", "package_model"),
+        ("Job", "deploy_model"),
         ("Service", ""),
         ("PodDisruptionBudget", ""),
         ("Deployment", ""),
@@ -232,13 +227,16 @@ def test_the_training_is_complete_and_its_paths_are_of_the_volume(
 
 def test_one_step_is_a_part_of_the_whole(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = list(yaml.safe_load_all(rendered(capsys)))
-    assert list(yaml.safe_load_all(rendered(capsys, "--step", "deploy_model"))) == whole[4:7]
+    assert list(yaml.safe_load_all(rendered(capsys, "--step", "deploy_model"))) == whole[4:8]
 
 
 def test_the_sound_cluster_takes_what_is_rendered(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objects = [o for o in yaml.safe_load_all(rendered(capsys)) if o["kind"] in ("Job", "PyTorchJob")]
+    assert [o["spec"]["template"]["spec"]["serviceAccountName"] for o in objects if o["kind"] == "Job"] == [
+        *("reprise-step", "reprise-step", "reprise-step", "reprise-deploy", "reprise-step", "reprise-step")
+    ]
     place = load_cluster("cluster", tmp_path).cluster_place()
     assert [f for f in preflight(Snapshot.read(SOUND), objects, place) if f.verdict == "FAIL"] == []
     assert any(f.verdict == "FAIL" for f in preflight(Snapshot.read(broken(tmp_path)), objects, place))
@@ -264,7 +262,15 @@ def prometheus() -> Iterator[str]:
             query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
             metric = {"exported_pod": f"train-{'a' * 12}-1-master-0", "UUID": "GPU-1", "gpu": "0", "Hostname": "n"}
             values = [[now - 30 * n, "20"] for n in reversed(range(119))]
-            found = [{"metric": metric, "values": values}] if query == "DCGM_FI_DEV_GPU_UTIL" else []
+            running = [
+                {"metric": {"key": "a" * 12, "run": run, "capacity": "spot"}, "values": [[now - ago, "1"]]}
+                for run, ago in (("digits-7", 2000), ("digits-8", 30))
+            ]
+            answers = {
+                "DCGM_FI_DEV_GPU_UTIL": [{"metric": metric, "values": values}],
+                "reprise_training_running": running,
+            }
+            found = answers.get(query, [])
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps({"data": {"result": found}}).encode())
@@ -315,6 +321,28 @@ def test_gpu_of_a_cluster_reads_the_state_volume(
     assert "no run had a GPU" in capsys.readouterr().out  # that run ended yesterday
     assert reprise("gpu", "--place", str(place), "--prometheus", prometheus, "--minutes", "2000") == 0
     assert "digits-7" in capsys.readouterr().out
+
+
+def test_gpu_from_outside_takes_the_run_from_the_metrics(
+    project: Path, prometheus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reprise("gpu", "--place", "cluster", "--prometheus", prometheus, "--json") == 0
+    [run] = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["run"], run["use"], run["alert"]) == ("digits-8", 20.0, True)
+    assert "on the state volume" in run["reason"]
+
+
+def test_gpu_tells_what_a_profile_said(
+    project: Path, tmp_path: Path, prometheus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "laptop.toml"
+    place.write_text(f'[place]\nkind = "laptop"\nstate = "{tmp_path}/state"\n')
+    with_a_run(tmp_path / "state" / "store", ended=None)
+    profile = tmp_path / "state" / "store" / "trainings" / ("a" * 40) / "output" / "profile"
+    profile.mkdir(parents=True)
+    (profile / "verdict.json").write_text('{"sentence": "small batch: raise batch_size"}')
+    assert reprise("gpu", "--place", str(place), "--prometheus", prometheus, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["reason"] == "its profile: small batch: raise batch_size"
 
 
 def test_a_prometheus_that_is_away_is_exit_code_3(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

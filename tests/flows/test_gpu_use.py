@@ -130,9 +130,12 @@ def test_the_reason_comes_from_the_trainers_timeline(lines: list[Any], memory: f
 
 
 def test_who_a_series_belongs_to() -> None:
-    assert run_of({"pod": "train-3f2a-1-worker-12"}, PODS) == "digits-7"
-    assert run_of({"pod": "train-3f2a-2-master-0"}, PODS) == ""
-    assert run_of({}, PODS) == ""
+    keys = {"0123456789ab": "digits-9"}
+    assert run_of({"pod": "train-3f2a-1-worker-12"}, PODS, keys) == "digits-7"
+    assert run_of({"pod": "train-3f2a-2-master-0"}, PODS, keys) == ""
+    assert run_of({"exported_pod": "train-0123456789ab-3-master-0", "pod": "exporter"}, PODS, keys) == "digits-9"
+    assert run_of({"pod": "train-ba9876543210-3-master-0"}, PODS, keys) == ""
+    assert run_of({}, PODS, keys) == ""
 
 
 def test_attempts_of_runs_are_pods() -> None:
