@@ -36,8 +36,9 @@ from training.device_staging import DeviceStaging
 from training.manifest import DamagedCheckpoint, Manifest
 from training.shard_file import Layout
 from training.staging import HostStaging, Sources, Staging
-from training.state_codec import Encoded, encode
-from training.state_tree import FlatState, StateMismatch, flatten
+from training.state_codec import frozen
+from training.state_tree import FlatState, StateMismatch
+from training.state_walk import StateWalk
 
 __all__ = [
     "CheckpointInfo",
@@ -98,6 +99,7 @@ class Checkpointer:
         # Directories of one step sort by attempt: time first, then something that no other attempt has.
         self._token = self._agreement.first(f"{time.time_ns() // 1_000_000:012x}{os.urandom(2).hex()}")
         self._count = 0
+        self._walk = StateWalk()
         self._plan: _Plan | None = None
         self._job: Job | None = None
         self._pending_stall: float | None = None
@@ -121,10 +123,10 @@ class Checkpointer:
         started = time.perf_counter()
         self.wait_staged()
         self._raise_failure()
-        meta = json.loads(json.dumps(meta))  # a copy, and the caller's mistake belongs to the caller's line
-        flat = flatten(state)
+        told = json.dumps(meta)  # a copy, and the caller's mistake belongs to the caller's line
+        flat = self._walk.flatten(state)
         plan = self._planned(flat)
-        metadata: dict[str, Any] = {"rank": self.rank, "per_rank": Encoded(encode(dict(per_rank), "per_rank"))}
+        metadata: dict[str, Any] = {"rank": self.rank, "per_rank": frozen(dict(per_rank), "per_rank")}
         if self.rank == 0:
             metadata |= {"objects": flat.objects, "aliases": flat.aliases}
         self._count += 1
@@ -133,7 +135,7 @@ class Checkpointer:
             name=f"step-{step:010d}-{self._token}-{self._count:04d}",
             complete=complete,
             metadata=metadata,
-            meta=meta,
+            meta_json=told,
             per_rank=dict(per_rank),
             layout=plan.layout,
             started=started,
@@ -193,7 +195,7 @@ class Checkpointer:
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Plan and allocate now what the first save would plan and allocate. Collective; call it when the optimizer
         has its state (after a load, or after the first step)."""
-        self._planned(flatten(state))
+        self._planned(self._walk.flatten(state))
 
     def _planned(self, flat: FlatState) -> _Plan:
         structure = structure_of(flat)

@@ -7,6 +7,7 @@ Not covered: staging (training/staging.py), the API (training/checkpoint.py).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -43,7 +44,7 @@ class Job:
     name: str
     complete: bool
     metadata: dict[str, Any]  # of this rank's file; encoded by the writer
-    meta: Any
+    meta_json: str
     per_rank: Any
     layout: Layout
     started: float  # time.perf_counter() at the call of save
@@ -130,7 +131,7 @@ class CheckpointWriter:
             world=self._agreement.world,
             name=job.name,
             url=f"{self._store.url}/{job.name}",
-            meta=job.meta,
+            meta=manifest.meta,
             manifest=manifest,
             per_rank=(job.per_rank,),
             mine=job.per_rank,
@@ -163,7 +164,7 @@ class CheckpointWriter:
             complete=job.complete,
             world=self._agreement.world,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            meta=job.meta,
+            meta=json.loads(job.meta_json),
             identity=self._identity,
             environment=self._environment,
             files={shard_name(rank): stored for rank, (stored, _) in enumerate(outcomes)},

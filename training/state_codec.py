@@ -32,6 +32,22 @@ class Encoded:
     json: Any
 
 
+def frozen(value: Any, where: str = "state") -> Any:
+    """What `encode` may be given later, on another thread: a copy of whatever could change until then.
+
+    Raises TypeError as `encode` does."""
+    if type(value) in _CONSTANT:
+        return value
+    if type(value) is dict:
+        return {key: frozen(item, f"{where}.{key}") for key, item in value.items()}
+    if type(value) is torch.Tensor:
+        return value.detach().clone()
+    return Encoded(encode(value, where))
+
+
+_CONSTANT = {type(None), bool, int, float, str, bytes}
+
+
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The raw bytes of a tensor, row-major, wherever it lives."""
     flat = tensor.detach().cpu().contiguous()

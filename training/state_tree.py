@@ -61,8 +61,19 @@ def flatten(state: Mapping[str, Any]) -> FlatState:
         if isinstance(value, torch.optim.Optimizer):
             flat.objects[name] = _flatten_optimizer(name, value, flat, names)
         elif not isinstance(value, torch.nn.Module):
-            flat.objects[name] = _lift(_tree_of(name, value), name, flat.tensors)
+            flat.objects[name] = lifted(name, value, flat.tensors)
     return flat
+
+
+def lifted(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The Python values of an object or dict as they are now; its tensors go to `tensors`."""
+    return _lift(_tree_of(name, value), name, tensors)
+
+
+def settings(where: str, group: dict[str, Any], labels: list[str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A parameter group as it is now, `labels` in place of its parameters; its tensors go to `tensors`."""
+    rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {**_lift(rest, where, tensors), "params": labels}
 
 
 def _flatten_module(name: str, module: torch.nn.Module, flat: FlatState, names: dict[int, str]) -> None:
@@ -91,8 +102,7 @@ def _flatten_optimizer(
     tensors, steady = flat.tensors, flat.steady
     for g, group in enumerate(optimizer.param_groups):
         listed = _parameter_names(group, g, names)
-        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append({**_lift(rest, f"{name}.groups.{g}", tensors), "params": listed})
+        groups.append(settings(f"{name}.groups.{g}", group, listed, tensors))
         for parameter, label in zip(group["params"], listed, strict=True):
             if not (live := optimizer.state.get(parameter)):
                 continue
