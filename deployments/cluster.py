@@ -148,7 +148,7 @@ class Cluster:
         yield from (folder / "log.txt").read_text(errors="replace").splitlines()
 
     def close(self) -> None:
-        """End the watches. What runs there goes on."""
+        """End the watches: whoever waits in `run` gets TryAgain. What runs there goes on."""
         with self._lock:
             watches, self._watches = list(self._watches.values()), {}
         for watch in watches:

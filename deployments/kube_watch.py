@@ -12,6 +12,7 @@ Not covered: what the objects mean (cluster.py, pod_causes.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import threading
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.errors import StepError, Unreachable
+from deployments.errors import StepError, TryAgain, Unreachable
 from deployments.kube_api import ApiStatus, KubeApi, Lines
 from deployments.manifests import MANAGED_SELECTOR, REQUEST_ANNOTATION, WORKLOAD_LABEL
 
@@ -113,7 +114,11 @@ class SharedWatch:
                 )
 
     def close(self) -> None:
-        """End the watch and its thread."""
+        """End the watch and its thread; whoever still follows gets TryAgain."""
+        with self.lock:
+            self._error = TryAgain("whoever waited here has to leave; what runs in the cluster goes on")
+            for following in itertools.chain.from_iterable(self._followers.values()):
+                following.event.set()
         self._closed.set()
         if (lines := self._lines) is not None:
             lines.close()

@@ -19,6 +19,7 @@ from pathlib import Path
 from deployments.errors import ConfigError, PreflightError, TryAgain
 from flows.fetch import SHA, has_commit
 from flows.project import Project
+from tasks.records import Store
 
 BRANCHES = "+refs/heads/*:refs/remotes/origin/*"
 SECONDS = 600  # for a clone or a fetch
@@ -32,6 +33,11 @@ def checkout(url: str, folder: Path, pipeline: Path, rev: str) -> tuple[Path, st
     """
     if pipeline.is_absolute() or ".." in pipeline.parts:
         raise ConfigError(f"pipeline file {pipeline}: expected its path from the repository's root, like pipeline.toml")
+    with Store(root=str(folder.parent)).lock(f"clone-{folder.name}", wait_seconds=SECONDS):
+        return _renewed(url, folder, pipeline, rev)
+
+
+def _renewed(url: str, folder: Path, pipeline: Path, rev: str) -> tuple[Path, str]:
     _clone(url, folder)
     project = Project(folder)
     if not (SHA.fullmatch(rev) and has_commit(project, rev)):
@@ -50,7 +56,7 @@ def checkout(url: str, folder: Path, pipeline: Path, rev: str) -> tuple[Path, st
 
 
 def _clone(url: str, folder: Path) -> None:
-    """Complete or not at all; the first of several wins."""
+    """Complete or not at all."""
     if (folder / ".git").is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +65,7 @@ def _clone(url: str, folder: Path) -> None:
         _git(
             folder.parent, "clone", "--quiet", "--no-recurse-submodules", "--end-of-options", url, str(aside / "clone")
         )
-        try:
-            (aside / "clone").rename(folder)
-        except OSError:
-            if not (folder / ".git").is_dir():
-                raise
+        (aside / "clone").rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

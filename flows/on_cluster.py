@@ -88,6 +88,13 @@ class OnCluster:
             raise ConfigError(f"--interrupt {interruptions[0]}: only a laptop plays the spot market; leave it out")
         return Cluster(self.settings.cluster_place(), lost_node_seconds=self.settings.nodes.lost_after * 5)
 
+    def leave(self, runner: Runner) -> None:
+        """As `Place`: the thread that waits for a step ends, or the pod would use up its grace."""
+        from deployments.cluster import Cluster
+
+        if isinstance(runner, Cluster):
+            runner.close()
+
     def ensure(self, *, quiet: bool = False) -> None:
         """As `Place`: others start them; what must be here is the volume, and writable."""
         if not (self.state.is_dir() and os.access(self.state, os.W_OK | os.X_OK)):

@@ -78,6 +78,9 @@ class OnLaptop:
         market = SpotMarket(interruptions=list(wanted), grace_seconds=self.spot.grace) if wanted else None
         return Laptop(self.state / "jobs", market=market)
 
+    def leave(self, runner: Runner) -> None:
+        """As `Place`: here they do not."""
+
     def ensure(self, *, quiet: bool = False) -> None:
         """As `Place`: starts what does not run."""
         ensure_services(self.settings, quiet=quiet)

@@ -70,6 +70,9 @@ class Place(Protocol):
     def runner(self, interruptions: Sequence[str] = ()) -> Runner:
         """What runs workloads there. `interruptions`: of a laptop's spot market; none: those of its settings."""
 
+    def leave(self, runner: Runner) -> None:
+        """Wait for nothing any more, where steps go on without their flow."""
+
     def ensure(self, *, quiet: bool = False) -> None:
         """Make sure that the services can be used, or raise PreflightError."""
 

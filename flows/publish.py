@@ -77,6 +77,7 @@ def _stopped(run: Run) -> None:
         if run.workload and (cancelled or not run.plan.place.outlives_flow):
             run.runner.stop(run.workload, grace_seconds=min(run.plan.place.spot.grace, GRACE_SECONDS))
         if not cancelled:
+            run.plan.place.leave(run.runner)
             status, way = "interrupted", f"its process was told to end; {way}"
     run.update(status=status, ended=time.time(), message=f"{status}; {way}")
 

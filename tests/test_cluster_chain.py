@@ -1,0 +1,367 @@
+"""`reprise run --place cluster` as a user types it: `KUBECONFIG=... pytest -m cluster tests/test_cluster_chain.py`.
+
+From an empty cluster: the overlay deployments/k8s/overlays/kind (Prefect's server and its Kubernetes worker, MLflow,
+the state volume), a project with its git and DVC remotes, then the command. The rest are kills of the flow's pod, one
+in each step. Pods read the remotes from folders of this machine, so it needs the rig; on other clusters it skips.
+Not covered: the Runner's own faults (test_cluster_faults.py), trainings (test_cluster_training.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.kube_api import ApiStatus, KubeApi
+from deployments.manifests import ClusterPlace
+from deployments.serving import call
+from flows.example import create_project
+from flows.plan import STEPS
+from flows.prefect_api import Prefect
+from tests.cluster_kit import apply, cluster_images, needs_rig, rig_state, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parents[1]
+OVERLAY = ROOT / "deployments" / "k8s" / "overlays" / "kind"
+RUNS, SERVICES = "reprise", "reprise-services"
+AUTH = "reprise:chain"
+DATABASES = {"prefect": "sqlite+aiosqlite:////home/prefect/prefect.db", "mlflow": "sqlite:////data/mlflow.db"}
+CLUSTER = """
+[place]
+kind = "cluster"
+[images]
+{images}
+[services]
+prefect_outside = "http://{prefect}:4200"
+[serving]
+replicas = 1
+[resources.train_model]
+cpus = 0.5
+memory = "3Gi"
+[resources.serve]
+cpus = 0.3
+memory = "3Gi"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The cluster with everything that a run needs, and a project."""
+
+    api: KubeApi
+    project: Path
+    state: Path  # the state volume, as this machine sees it
+    prefect: str
+    mlflow: str
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`reprise run --place cluster`"""
+        command = [sys.executable, "-m", "flows", "run", "--place", "cluster", *arguments]
+        env = {**os.environ, "PREFECT_API_AUTH_STRING": AUTH, "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=self.project, env=env, text=True, **pipes)
+
+    def run(self, *arguments: str) -> dict[str, Any]:
+        """The document of a run that succeeds."""
+        return document_of(self.start("--json", *arguments))
+
+    def items(self, path: str, **labels: str) -> list[dict[str, Any]]:
+        """Objects of the runs' namespace with all these labels of ours."""
+        selector = ",".join(f"reprise.dev/{name}={value}" for name, value in labels.items())
+        return list(self.api.get(f"/{path}", labelSelector=selector)["items"])
+
+    def jobs(self, **labels: str) -> list[dict[str, Any]]:
+        """Jobs of steps, and of flows with component=flow."""
+        return self.items(f"apis/batch/v1/namespaces/{RUNS}/jobs", **labels)
+
+    def trainings(self, key: str) -> list[dict[str, Any]]:
+        """PyTorchJobs of one training."""
+        return self.items(f"apis/kubeflow.org/v1/namespaces/{RUNS}/pytorchjobs", key=key[:12])
+
+    def flow_pod(self) -> str:
+        """The name of the flow's pod that runs; "" if there is none."""
+        pods = self.items(f"api/v1/namespaces/{RUNS}/pods", component="flow")
+        running = [p for p in pods if p["status"]["phase"] == "Running" and "deletionTimestamp" not in p["metadata"]]
+        return str(running[0]["metadata"]["name"]) if running else ""
+
+    def deployment(self) -> dict[str, Any] | None:
+        """The served model's."""
+        return self.api.find(f"/apis/apps/v1/namespaces/{RUNS}/deployments/serve-digits")
+
+    def rollouts(self) -> int:
+        """How many there were."""
+        found = self.deployment() or {"metadata": {"annotations": {}}}
+        return int(found["metadata"]["annotations"].get("deployment.kubernetes.io/revision", 0))
+
+    def versions(self) -> list[str]:
+        """Of the model in MLflow."""
+        url = f"{self.mlflow}/api/2.0/mlflow/model-versions/search?filter=name%3D%27digits%27&max_results=1000"
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Host": "localhost:5000"})) as reply:
+            return [v["version"] for v in json.load(reply).get("model_versions", ())]
+
+    def predictions(self, document: dict[str, Any], count: int = 5) -> list[dict[str, Any]]:
+        """What the Service answers to held-out samples; each is what the trained model answered."""
+        address = self.api.get(f"/api/v1/namespaces/{RUNS}/services/serve-digits")["spec"]["clusterIP"]
+        key = key_of(document, "train_model")
+        rows = (self.state / "store" / "trainings" / key / "output" / "heldout.jsonl").read_text().splitlines()
+        answers = []
+        for row in map(json.loads, rows[:count]):
+            body = base64.b64decode(row["body_b64"])
+            answers.append(call("POST", f"http://{address}:8080/predictions/digits", body).document())
+            assert answers[-1]["label"] == row["answer"]["label"]
+        return answers
+
+
+def document_of(process: subprocess.Popen[str], seconds: float = 400) -> dict[str, Any]:
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == 0, f"exit code {process.returncode}\n{out}\n{err}"
+    document: dict[str, Any] = json.loads(out)
+    return document
+
+
+def key_of(document: dict[str, Any], step: str) -> str:
+    return str(next(s["key"] for s in document["steps"] if s["name"] == step))
+
+
+def secret(api: KubeApi, namespace: str, name: str, values: dict[str, str]) -> None:
+    item = {"kind": "Secret", "metadata": {"name": name, "namespace": namespace}, "stringData": values}
+    apply(api, f"/api/v1/namespaces/{namespace}/secrets", item)
+
+
+def kubectl(*arguments: str, stdin: str = "") -> str:
+    done = subprocess.run(["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def overlay() -> str:
+    """The overlay as it is, but for a cluster of several nodes: its state volume is shared."""
+    objects = list(yaml.safe_load_all(kubectl("kustomize", str(OVERLAY))))
+    (claim,) = [o for o in objects if (o["kind"], o["metadata"]["name"]) == ("PersistentVolumeClaim", RUNS)]
+    claim["spec"]["accessModes"] = ["ReadWriteMany"]
+    return str(yaml.safe_dump_all(objects))
+
+
+def address(api: KubeApi, service: str) -> str:
+    return str(api.get(f"/api/v1/namespaces/{SERVICES}/services/{service}")["spec"]["clusterIP"])
+
+
+@pytest.fixture(scope="module")
+def services(api: KubeApi) -> Iterator[None]:
+    """What the README says once: namespaces, Secrets, the overlay."""
+    needs_rig()
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not on the PATH: the overlay cannot be built")
+    if api.find(f"/api/v1/namespaces/{RUNS}") is not None:
+        pytest.skip(f"namespace {RUNS} is there already: this test needs one that it may remove")
+    kubectl("apply", "--server-side", "-f", str(ROOT / "deployments" / "k8s" / "base" / "namespaces.yaml"))
+    for namespace in (RUNS, SERVICES):
+        secret(api, namespace, "prefect-auth", {"auth-string": AUTH})
+    secret(api, SERVICES, "databases", DATABASES)
+    kubectl("apply", "--server-side", "-f", "-", stdin=overlay())
+    for name in ("prefect-server", "mlflow", "prefect-worker"):
+        kubectl("-n", SERVICES, "rollout", "status", f"deployment/{name}", "--timeout=240s")
+    yield
+    for namespace in (RUNS, SERVICES):
+        api.delete(f"/api/v1/namespaces/{namespace}")
+
+
+@pytest.fixture(scope="module")
+def chain(api: KubeApi, services: None) -> Iterator[Chain]:
+    """A project whose remotes pods see: not below /tmp, which is a volume of its own in them."""
+    home = Path(f"/reprise-chain-{os.getpid()}")
+    project, user = home / "digits", ClusterPlace(images={}).user
+    create_project("digits", project)
+    (project / ".dvc-remote").rename(home / "dvc")
+    config = project / ".dvc" / "config"
+    config.write_text(config.read_text().replace("../.dvc-remote", str(home / "dvc")))
+    images = "\n".join(f'{kind} = "{name}"' for kind, name in cluster_images().items())
+    (project / "cluster.toml").write_text(CLUSTER.format(images=images, prefect=address(api, "prefect")))
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.invalid")
+    for arguments in (
+        ("init", "-q", "--bare", "-b", "main", str(home / "digits.git")),
+        ("add", "-A"),
+        (*identity, "commit", "-q", "-m", "for the cluster"),
+        ("remote", "add", "origin", str(home / "digits.git")),
+        ("push", "-q", "origin", "HEAD:main"),
+    ):
+        subprocess.run(["git", *arguments], cwd=project, check=True)
+    for path in (home, *home.rglob("*")):
+        if project not in (path, *path.parents):
+            os.chown(path, user, user)
+    yield Chain(
+        api=api,
+        project=project,
+        state=rig_state() / "pvc" / f"{RUNS}-{RUNS}",
+        prefect=f"http://{address(api, 'prefect')}:4200",
+        mlflow=f"http://{address(api, 'mlflow')}:5000",
+    )
+    shutil.rmtree(home)
+
+
+def test_from_the_command_to_a_prediction_through_the_service(chain: Chain) -> None:
+    process = chain.start()
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, out + err
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("✓")] == list(STEPS)
+    document = json.loads((chain.state / "store" / "runs" / "digits-1.json").read_text())
+    assert (document["status"], document["place"], document["cause"]) == ("succeeded", "cluster", "command")
+    for step in (*STEPS, "write_report"):
+        if step != "train_model":
+            (job,) = chain.jobs(run="digits-1", step=step)
+            assert job["status"]["succeeded"] == 1, step
+    (training,) = chain.trainings(key_of(document, "train_model"))
+    assert {"Succeeded": "True"}.items() <= {c["type"]: c["status"] for c in training["status"]["conditions"]}.items()
+    assert chain.versions() == ["1"] and chain.rollouts() == 1
+    assert {a["model_version"] for a in chain.predictions(document)} == {"1"}
+    assert document["check"]["agreement"] == 1.0
+
+
+def test_again_nothing_runs(chain: Chain) -> None:
+    before = len(chain.jobs(pipeline="digits"))
+    document = chain.run()
+    assert document["status"] == "unchanged"
+    assert all(step["reused"] for step in document["steps"])
+    assert len(chain.jobs(pipeline="digits")) == before and chain.rollouts() == 1
+
+
+def killed_while(chain: Chain, step: str, kill: Callable[[str], None], *arguments: str) -> dict[str, Any]:
+    """The document of a run whose flow lost its pod while the step's own pod ran."""
+    process = chain.start("--json", *arguments)
+    known = {j["metadata"]["uid"] for j in working(chain, step)}
+
+    def runs() -> str:
+        assert process.poll() is None, process.communicate()
+        begun = [j for j in working(chain, step) if j["metadata"]["uid"] not in known]
+        return chain.flow_pod() if begun else ""
+
+    kill(until(runs, f"{step} is under way", 120))
+    return document_of(process)
+
+
+def working(chain: Chain, step: str) -> list[dict[str, Any]]:
+    """Jobs of the step, whatever their run, or trainings."""
+    if step == "train_model":
+        return chain.items(f"apis/kubeflow.org/v1/namespaces/{RUNS}/pytorchjobs", step=step)
+    return chain.jobs(step=step)
+
+
+def force(chain: Chain) -> Callable[[str], None]:
+    """SIGKILL, no notice."""
+    return lambda pod: chain.api.delete(f"/api/v1/namespaces/{RUNS}/pods/{pod}", grace=0)
+
+
+def evict(chain: Chain) -> Callable[[str], None]:
+    """As a drain does it: SIGTERM and a grace."""
+
+    def eviction(pod: str) -> None:
+        meta = {"name": pod, "namespace": RUNS}
+        body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta}
+        chain.api.request("POST", f"/api/v1/namespaces/{RUNS}/pods/{pod}/eviction", body=body)
+
+    return eviction
+
+
+KILLS = [*((step, force) for step in STEPS), ("train_model", evict), ("deploy_model", evict)]
+
+
+@pytest.mark.parametrize(("step", "how"), KILLS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_flow_whose_pod_goes_during_a_step_goes_on(
+    chain: Chain, step: str, how: Callable[[Chain], Callable[[str], None]]
+) -> None:
+    """One Job for each step, one version, one rollout, whenever it happens."""
+    before = (len(chain.versions()), chain.rollouts())
+    flows = {j["metadata"]["uid"] for j in flow_jobs(chain)}
+    if step == "pull_data":
+        shutil.rmtree(chain.state / "data")
+    document = killed_while(chain, step, how(chain), "--set", f"train.seed={int(time.time())}")
+    assert document["status"] == "succeeded" and document["resumed"] == 1
+    run = document["run"]
+    for name in STEPS:
+        if name not in ("train_model", "pull_data") or name == step == "pull_data":
+            (job,) = chain.jobs(run=run, step=name)
+            assert job["status"]["succeeded"] == 1
+    assert len(chain.trainings(key_of(document, "train_model"))) == 1
+    assert [a["cause"] for a in document["attempts"]] == ["complete"]
+    assert (len(chain.versions()), chain.rollouts()) == (before[0] + 1, before[1] + 1)
+    assert {a["model_version"] for a in chain.predictions(document)} == {document["model_version"]}
+    (flow,) = [j for j in flow_jobs(chain) if j["metadata"]["uid"] not in flows]
+    assert until(lambda: str(chain_status(chain, flow).get("succeeded", "")), "the flow's Job completes") == "1"
+
+
+def flow_jobs(chain: Chain) -> list[dict[str, Any]]:
+    return list(
+        chain.api.get(f"/apis/batch/v1/namespaces/{RUNS}/jobs", labelSelector="prefect.io/flow-run-id")["items"]
+    )
+
+
+def chain_status(chain: Chain, job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = chain.api.get(f"/apis/batch/v1/namespaces/{RUNS}/jobs/{job['metadata']['name']}")
+    except ApiStatus:
+        return {}
+    return dict(found["status"])
+
+
+def test_ctrl_c_cancels_the_run_in_the_cluster_and_it_goes_on_later(chain: Chain) -> None:
+    setting = ("--set", f"train.seed={int(time.time())}", "--set", "train.epochs=60")
+    process = chain.start(*setting)
+
+    def trains() -> str:
+        lines = [p.read_text() for p in (chain.state / "store" / "trainings").glob("*/progress.jsonl")]
+        return "yes" if any('"max_steps": 2700' in text and text.count('"step"') > 5 for text in lines) else ""
+
+    until(trains, "the training is under way", 120)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "cancelled" in err
+    document = chain.run(*setting)
+    assert [a["cause"] for a in document["attempts"]] == ["cancelled", "complete"]
+    assert document["attempts"][1]["from_step"] > 0
+
+
+def test_stock_prefect_deploy_registers_the_same(chain: Chain) -> None:
+    from flows.prefect_api import FLOW
+
+    os.environ["PREFECT_API_AUTH_STRING"] = AUTH
+    try:
+        prefect = Prefect(url=chain.prefect)
+        made = prefect.deployment("digits")
+        assert made is not None
+        prefect.call("DELETE", f"/deployments/{made['id']}")
+        env = {
+            **os.environ,
+            "PREFECT_API_URL": f"{chain.prefect}/api",
+            "REPRISE_PIPELINE": "digits",
+            "REPRISE_CLUSTER": (chain.project / "cluster.toml").read_text(),
+            "REPRISE_GIT": str(chain.project.parent / "digits.git"),
+        }
+        file = ROOT / "deployments" / "prefect-cluster.yaml"
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file)]
+        done = subprocess.run([*command, "--all"], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        again = prefect.deployment("digits")
+        assert again is not None and again["work_pool_name"] == "reprise"
+        started = prefect.start(again["id"], parameters={"rev": "HEAD"}, name=FLOW, tags=[], idempotency_key="stock")
+
+        def ended() -> str:
+            state = (prefect.run(started["id"]) or {})["state"]
+            return str(state["type"]) if state["type"] in ("COMPLETED", "FAILED", "CRASHED") else ""
+
+        assert until(ended, "the flow run ends", 120) == "COMPLETED"
+    finally:
+        del os.environ["PREFECT_API_AUTH_STRING"]
