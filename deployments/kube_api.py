@@ -22,6 +22,9 @@ from deployments.errors import ConfigError, GiveUp, PreflightError, Unreachable
 PATIENCE = 300.0  # seconds that an API server may be away
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 MERGE_PATCH, APPLY_PATCH = "application/merge-patch+json", "application/apply-patch+yaml"
+INSTALL_OPERATOR = (
+    'kubectl apply --server-side -k "github.com/kubeflow/training-operator/manifests/overlays/standalone?ref=v1.9.3"'
+)
 Json = dict[str, Any]
 _FORBIDDEN = re.compile(
     r'cannot (?P<verb>\w+) resource "(?P<resource>[^"]+)" in API group "(?P<group>[^"]*)"'
@@ -71,7 +74,7 @@ class KubeApi:
             try:
                 status, headers, data = self._once(method, path, query, body, content_type)
             except OSError as error:
-                why, resent = f"{type(error).__name__}: {error}", method != "GET"
+                why, resent = _in_words(error), method != "GET"
             else:
                 if status < 400:
                     return json.loads(data) if data.strip() else {}
@@ -222,6 +225,7 @@ def connect(*, kubeconfig: str = "", context: str = "", patience: float = PATIEN
     """
     import os
 
+    import yaml
     from kubernetes import client, config  # 0.3 s of CPU, so only where a cluster is used
     from kubernetes.config.config_exception import ConfigException
 
@@ -235,9 +239,9 @@ def connect(*, kubeconfig: str = "", context: str = "", patience: float = PATIEN
             config.load_kube_config(  # type: ignore[no-untyped-call]
                 kubeconfig or None, context or None, client_configuration=configuration
             )
-    except (ConfigException, OSError) as error:
+    except (ConfigException, OSError, yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
         where = kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config"
-        raise ConfigError(f"kubeconfig {where}: {error}; expected a file that `kubectl get pods` works with") from error
+        raise ConfigError(_no_config(where, context, error)) from error
     return KubeApi(client.ApiClient(configuration), patience=patience)
 
 
@@ -282,10 +286,32 @@ def _refusal(status: int, document: Json, method: str, path: str, *, resent: boo
     if status == 404 and "/kubeflow.org/" in path and not document.get("details", {}).get("name"):
         return PreflightError(
             "this cluster has no PyTorchJob (pytorchjobs.kubeflow.org/v1): install the Kubeflow Training Operator: "
-            'kubectl apply --server-side -k "github.com/kubeflow/training-operator/manifests/overlays/standalone'
-            '?ref=v1.9.0"'
+            f"{INSTALL_OPERATOR}"
         )
     return ApiStatus(status, str(document["reason"]), message, resent=resent)
+
+
+def _no_config(where: str, context: str, error: Exception) -> str:
+    from kubernetes.config.config_exception import ConfigException
+
+    expected = "expected a file that `kubectl get pods` works with; --place FILE and KUBECONFIG choose another"
+    said = " ".join(str(error).split())
+    if not isinstance(error, ConfigException | OSError):
+        return f"kubeconfig {where}: cannot be read ({said[:200]}); {expected}"
+    if context and f"name {context} in" in said:
+        return (
+            f"[place] context = {context}: kubeconfig {where} has no such context; "
+            "`kubectl config get-contexts -o name` lists what there is"
+        )
+    if "No configuration found" in said:
+        return f"kubeconfig {where}: there is none; {expected}"
+    return f"kubeconfig {where}: {said.removeprefix('Invalid kube-config file. ')}; {expected}"
+
+
+def _in_words(error: OSError) -> str:
+    """urllib3 tells of its own objects first: what remains is what happened."""
+    text = re.sub(r"\bHTTPS?Connection(?:Pool)?\([^)]*\): ", "", str(error))
+    return re.sub(r"^(?:\w+Error: )?(?:Failed to establish a new connection: )?(?:\[Errno -?\d+\] )?", "", text)
 
 
 def _seconds(text: str | None) -> float | None:

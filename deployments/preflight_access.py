@@ -11,12 +11,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from deployments.kube_api import INSTALL_OPERATOR
 from deployments.preflight_findings import Case, Finding, Json
 
 OLDEST = (1, 29)  # podReplacementPolicy is on from there; older servers drop it, and two pods of a step may run
-INSTALL_OPERATOR = (
-    'kubectl apply --server-side -k "github.com/kubeflow/training-operator/manifests/overlays/standalone?ref=v1.9.3"'
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +149,15 @@ def look_at_rights(case: Case) -> Iterator[Finding]:
     """Every verb that is used is allowed to whoever asked."""
     answers = {(a["group"], a["resource"], a["verb"]): bool(a["allowed"]) for a in case.snapshot.access}
     missing = [r for r in RIGHTS if answers.get((r.group, r.full, r.verb)) is False]
-    if not case.wanted.is_training:
+    if not case.trains:
         missing = [r for r in missing if r.group != "kubeflow.org"]
     if needed := [r for r in missing if r.needed]:
-        verbs = ", ".join(f"{r.verb} {r.full}" for r in needed)
+        verbs: dict[str, list[str]] = {}
+        for right in needed:
+            verbs.setdefault(right.full, []).append(right.verb)
+        found = "; ".join(f"{', '.join(names)} {resource}" for resource, names in verbs.items())
         yield Finding(
-            what="rights", verdict="FAIL", found=f"not allowed: {verbs}", fix=role(needed, case.snapshot.namespace)
+            what="rights", verdict="FAIL", found=f"not allowed: {found}", fix=role(needed, case.snapshot.namespace)
         )
     for wide in (False, True):
         if lacking := [r for r in missing if not r.needed and r.cluster_wide == wide]:
@@ -192,13 +193,16 @@ def look_at_what_was_not_seen(case: Case) -> Iterator[Finding]:
         )
         listed = listed[:-1]
     if blind := [plural for plural in listed if plural in unreadable]:
-        rules = [{"apiGroups": [groups.get(p, "")], "resources": [p], "verbs": ["list"]} for p in blind]
+        rules: dict[str, list[str]] = {}
+        for plural in blind:
+            rules.setdefault(groups.get(plural, ""), []).append(plural)
+        told = [{"apiGroups": [g], "resources": names, "verbs": ["list"]} for g, names in rules.items()]
         kind = "ClusterRole" if any(scopes.get(p) for p in blind) else "Role"
         yield Finding(
             what="what can be seen",
             verdict="WARN",
             found=f"not judged, because they may not be listed: {', '.join(blind)}",
-            fix=f"add to the {kind}: rules: {json.dumps(rules)}",
+            fix=f"add to the {kind}: rules: {json.dumps(told)}",
         )
 
 

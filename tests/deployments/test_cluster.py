@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -388,8 +389,11 @@ def test_credentials_that_are_refused(kube: KubeFake, cluster: Cluster) -> None:
 
 def test_a_cluster_without_the_operator(kube: KubeFake, cluster: Cluster) -> None:
     kube.missing.add(TRAININGS)
-    with pytest.raises(PreflightError, match=r"no PyTorchJob.*install"):
+    with pytest.raises(PreflightError, match=r"no PyTorchJob.*install") as refused:
         cluster.run(training())
+    pinned = Path(__file__).parents[2] / "deployments/k8s/components/training-operator/operator/kustomization.yaml"
+    (version,) = re.findall(r"\?ref=(v[0-9.]+)", str(refused.value))
+    assert f"training-operator/manifests/overlays/standalone?ref={version}\n" in pinned.read_text()
     cluster.stop("train-0123456789ab-1")  # and stopping what cannot be there is no error
 
 
