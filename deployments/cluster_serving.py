@@ -1,31 +1,32 @@
-"""Rollouts of Deployments: apply, wait until every pod is a new one, or take it back.
+"""Rollouts of Deployments: apply, wait until every pod is a new one, compare, take away.
 
-    rollouts = Rollouts(cluster.api, namespace)
+    rollouts = Rollouts(api, namespace)
     for item in serving_objects(serving, place): rollouts.apply(item)
-    state = rollouts.wait(serving.name, seconds=300)
-    if not state.complete: rollouts.undo(serving.name); rollouts.wait(serving.name, seconds=300)
+    state = rollouts.wait(serving.name, seconds=600)     # .complete, or .failed with .reason
 
 A bad version costs nothing: its pods never get ready, so no ready pod is taken away. It is given up early when a new
-pod cannot come right by itself. Not covered: which version (tasks), the same transaction in the registry (tasks).
+pod cannot come right by itself (rollout_diagnosis.py). Going back is applying the earlier version again.
+Not covered: which version, the record and the registry (tasks.rolling_update).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.errors import GiveUp
+from deployments.errors import GiveUp, TryAgain
 from deployments.kube_api import APPLY_PATCH, ApiStatus, KubeApi
-from deployments.pod_diagnosis import HOPELESS, containers, ended, last_line, one_line, waiting
+from deployments.pod_diagnosis import one_line
+from deployments.rollout_diagnosis import explain_pods, hopeless, refused, stuck
 
-JSON_PATCH = "application/json-patch+json"
 MANAGER = "reprise"
 REVISION = "deployment.kubernetes.io/revision"
 PLURALS = {"Deployment": "deployments", "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets"}
-CRASHES = 2  # of a new pod's container: more of them is a loop, not bad luck
+VERSIONS = {"Deployment": "apps/v1", "Service": "v1", "PodDisruptionBudget": "policy/v1"}
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0
 Json = dict[str, Any]
 
 
@@ -37,6 +38,7 @@ class RolloutState:
     failed: bool  # it will not get there by itself
     reason: str  # one sentence
     revision: int
+    stuck: bool = False  # somebody has to put something right, and may be about to
 
 
 class Rollouts:
@@ -47,38 +49,62 @@ class Rollouts:
         self.api, self.namespace = api, namespace
 
     def apply(self, item: Json) -> Json:
-        """Create or change an object by server-side apply. Raises GiveUp if the server refuses it."""
-        query = {"fieldManager": MANAGER, "force": "true", "fieldValidation": "Strict"}
-        path = self._path(item["apiVersion"], item["kind"], item["metadata"]["name"])
-        try:
-            return self.api.request("PATCH", path, query=query, body=item, content_type=APPLY_PATCH)
-        except ApiStatus as status:
-            what = f"{item['kind']} {item['metadata']['name']}"
-            raise GiveUp(f"the Kubernetes API refused {what}: {one_line(status.message)}") from status
+        """Create or change an object by server-side apply. Raises GiveUp if the server refuses it.
+
+        The number of replicas is left alone where somebody else set it: an autoscaler, or `kubectl scale`.
+        """
+        return self._apply(item, dry=False)
+
+    def drift(self, item: Json) -> list[str]:
+        """What an apply of it would change in the live object's spec, as paths; the kind and name if it is missing."""
+        live = self.find(item["metadata"]["name"], item["kind"])
+        if live is None:
+            return [f"{item['kind']} {item['metadata']['name']}"]
+        wanted = self._apply(item, dry=True)
+        return list(_differences(wanted.get("spec"), live.get("spec"), "spec"))
+
+    def find(self, name: str, kind: str = "Deployment") -> Json | None:
+        """The live object, or None."""
+        return self.api.find(self._path(kind, name))
 
     def state(self, name: str) -> RolloutState:
         """Where the newest rollout stands. Raises GiveUp if there is no such Deployment."""
         item = self._deployment(name)
         spec, status = item["spec"], item.get("status") or {}
-        revision = int((item["metadata"].get("annotations") or {}).get(REVISION, 0))
+        revision = _revision(item)
         wanted, seen = int(spec.get("replicas", 1)), int(status.get("observedGeneration", 0))
         updated, available = int(status.get("updatedReplicas", 0)), int(status.get("availableReplicas", 0))
-        complete, failed, reason = False, False, f"{updated} of {wanted} pods are new, {available} available"
+        reason = f"{updated} of {wanted} pods are new, {available} available"
         conditions: list[Json] = status.get("conditions") or []
-        progressing = next((c for c in conditions if c["type"] == "Progressing"), {})
-        if seen < int(item["metadata"]["generation"]):
-            reason = "the controller has not looked at it yet"
-        elif updated == wanted and available == wanted and int(status.get("replicas", 0)) == wanted:
-            complete, reason = True, f"{wanted} of {wanted} pods are new and available"
-        elif progressing.get("reason") == "ProgressDeadlineExceeded":
-            failed, reason = True, self._why(item) or one_line(progressing.get("message", ""))
-        elif why := self._hopeless(item):
-            failed, reason = True, why
-        return RolloutState(complete=complete, failed=failed, reason=reason, revision=revision)
+        if seen < int(item["metadata"].get("generation", 0)):
+            return RolloutState(
+                complete=False, failed=False, reason="the controller has not looked at it yet", revision=revision
+            )
+        if updated == wanted and available == wanted and int(status.get("replicas", 0)) == wanted:
+            reason = f"{wanted} of {wanted} pods are new and available"
+            return RolloutState(complete=True, failed=False, reason=reason, revision=revision)
+        pods = self._new_pods(item)
+        progressing: Json = next((c for c in conditions if c["type"] == "Progressing"), {})
+        if progressing.get("reason") == "ProgressDeadlineExceeded":
+            why = explain_pods(pods) or refused(conditions) or one_line(progressing.get("message", ""))
+            return RolloutState(complete=False, failed=True, reason=why, revision=revision)
+        if why := hopeless(pods):
+            return RolloutState(complete=False, failed=True, reason=why, revision=revision)
+        if why := stuck(pods) or refused(conditions):
+            return RolloutState(complete=False, failed=False, reason=why, revision=revision, stuck=True)
+        return RolloutState(complete=False, failed=False, reason=reason, revision=revision)
 
-    def wait(self, name: str, *, seconds: float, on_change: Callable[[str], None] | None = None) -> RolloutState:
-        """Until it is complete or has failed, which it counts as after `seconds`. `on_change` hears new reasons."""
-        until, told = time.monotonic() + seconds, ""
+    def wait(
+        self,
+        name: str,
+        *,
+        seconds: float,
+        patience: float = PATIENCE_SECONDS,
+        on_change: Callable[[str], None] | None = None,
+    ) -> RolloutState:
+        """Until it is complete or has failed. It counts as failed after `seconds`, or when something that somebody has
+        to put right has been wrong for `patience` seconds. `on_change` hears new reasons."""
+        until, told, stuck_since = time.monotonic() + seconds, "", 0.0
         while True:
             found = self.state(name)
             if found.reason != told and on_change:
@@ -86,90 +112,96 @@ class Rollouts:
             told = found.reason
             if found.complete or found.failed:
                 return found
-            if time.monotonic() > until:
-                why = self._why(self._deployment(name)) or found.reason
+            now = time.monotonic()
+            stuck_since = (stuck_since or now) if found.stuck else 0.0
+            if stuck_since and now - stuck_since > patience:
+                return RolloutState(complete=False, failed=True, reason=found.reason, revision=found.revision)
+            if now > until:
+                why = explain_pods(self._new_pods(self._deployment(name))) or found.reason
                 reason = f"not complete after {seconds:g} s: {why}"
                 return RolloutState(complete=False, failed=True, reason=reason, revision=found.revision)
             time.sleep(POLL_SECONDS)
 
-    def undo(self, name: str) -> int:
-        """Take the template of the revision before the newest; returns that revision.
+    def restarts(self, name: str) -> int:
+        """How often containers of the newest template's pods were started anew."""
+        pods = self._new_pods(self._deployment(name))
+        statuses = [c for pod in pods for c in (pod.get("status") or {}).get("containerStatuses") or ()]
+        return sum(int(c.get("restartCount", 0)) for c in statuses)
 
-        Raises GiveUp if there is none: then the first version failed, and nothing was in service before.
+    def delete(self, name: str, *, seconds: float) -> None:
+        """Deployment, budget and Service, if they are there; returns when the last pod is gone.
+
+        Raises TryAgain if some are left after `seconds`.
         """
-        item = self._deployment(name)
-        newest = int((item["metadata"].get("annotations") or {}).get(REVISION, 0))
-        older = [r for r in self._replica_sets(item) if _revision(r) < newest]
-        if not older:
-            raise GiveUp(f"Deployment {name}: no revision before {newest} to go back to; delete it, or deploy another")
-        before = max(older, key=_revision)
-        template = before["spec"]["template"]
-        template["metadata"]["labels"].pop("pod-template-hash", None)
-        patch = [{"op": "replace", "path": "/spec/template", "value": template}]
-        self.api.request("PATCH", self._path("apps/v1", "Deployment", name), body=patch, content_type=JSON_PATCH)
-        return _revision(before)
+        self.api.delete(self._path("Deployment", name), propagation="Foreground")
+        for kind in ("PodDisruptionBudget", "Service"):
+            self.api.delete(self._path(kind, name), propagation="Background")
+        until = time.monotonic() + seconds
+        while self.find(name) is not None:
+            if time.monotonic() > until:
+                raise TryAgain(f"Deployment {name}: its pods are not gone after {seconds:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def _apply(self, item: Json, *, dry: bool) -> Json:
+        query = {"fieldManager": MANAGER, "force": "true", "fieldValidation": "Strict"} | (
+            {"dryRun": "All"} if dry else {}
+        )
+        name = item["metadata"]["name"]
+        if "replicas" in item.get("spec", {}) and (scaler := self._scaler(name)):
+            assert scaler != MANAGER
+            item = {**item, "spec": {k: v for k, v in item["spec"].items() if k != "replicas"}}
+        path = self._path(item["kind"], name)
+        try:
+            return self.api.request("PATCH", path, query=query, body=item, content_type=APPLY_PATCH)
+        except ApiStatus as status:
+            raise GiveUp(f"the Kubernetes API refused {item['kind']} {name}: {one_line(status.message)}") from status
+
+    def _scaler(self, name: str) -> str:
+        """Who else set the number of replicas; "" if nobody did. Without that field an apply leaves theirs alone."""
+        live = self.find(name)
+        for entry in ((live or {}).get("metadata") or {}).get("managedFields") or ():
+            owned = (entry.get("fieldsV1") or {}).get("f:spec") or {}
+            if "f:replicas" in owned and entry.get("manager") != MANAGER:
+                return str(entry.get("manager"))
+        return ""
 
     def _deployment(self, name: str) -> Json:
-        found = self.api.find(self._path("apps/v1", "Deployment", name))
+        found = self.find(name)
         if found is None:
             raise GiveUp(f"no Deployment {name} in namespace {self.namespace}; nothing was deployed there")
         return found
 
-    def _replica_sets(self, item: Json) -> list[Json]:
-        path = f"/apis/apps/v1/namespaces/{self.namespace}/replicasets"
-        listed = self.api.get(path, labelSelector=_selector(item)).get("items") or []
-        uid = item["metadata"]["uid"]
-        return [r for r in listed if any(o["uid"] == uid for o in r["metadata"].get("ownerReferences") or ())]
-
     def _new_pods(self, item: Json) -> list[Json]:
-        newest = (item["metadata"].get("annotations") or {}).get(REVISION)
-        sets = [r for r in self._replica_sets(item) if r["metadata"].get("annotations", {}).get(REVISION) == newest]
-        path = f"/api/v1/namespaces/{self.namespace}/pods"
-        pods = self.api.get(path, labelSelector=_selector(item)).get("items") or []
-        uids = {r["metadata"]["uid"] for r in sets}
-        return [p for p in pods if any(o["uid"] in uids for o in p["metadata"].get("ownerReferences") or ())]
+        """Pods of the Deployment's newest ReplicaSet, those that leave already left out."""
+        selector = ",".join(f"{k}={v}" for k, v in sorted(item["spec"]["selector"]["matchLabels"].items()))
+        sets = self.api.get(f"/apis/apps/v1/namespaces/{self.namespace}/replicasets", labelSelector=selector)
+        pods = self.api.get(f"/api/v1/namespaces/{self.namespace}/pods", labelSelector=selector)
+        mine, newest = item["metadata"]["uid"], _revision(item)
+        uids = {r["metadata"]["uid"] for r in _owned(sets, {mine}) if _revision(r) == newest}
+        return [p for p in _owned(pods, uids) if not p["metadata"].get("deletionTimestamp")]
 
-    def _hopeless(self, item: Json) -> str:
-        """Why a new pod will not come right by itself; "" while it may."""
-        for pod in self._new_pods(item):
-            held = waiting(pod)
-            if held is not None and held.reason in HOPELESS:
-                return held.sentence
-            for container in containers(pod):
-                if int(container.get("restartCount", 0)) >= CRASHES:
-                    return _last_words(container)
-        return ""
-
-    def _why(self, item: Json) -> str:
-        for pod in self._new_pods(item):
-            held = waiting(pod)
-            if why := ended(pod) or (held.sentence if held else ""):
-                return why
-            for container in containers(pod):
-                if not container.get("ready") and int(container.get("restartCount", 0)):
-                    return _last_words(container)
-        for pod in self._new_pods(item):
-            if not all(c.get("ready") for c in (pod.get("status") or {}).get("containerStatuses") or ()):
-                return f"pod {pod['metadata']['name']} runs and does not answer its golden request: kubectl describe it"
-        return ""
-
-    def _path(self, version: str, kind: str, name: str) -> str:
+    def _path(self, kind: str, name: str) -> str:
+        version = VERSIONS[kind]
         root = "apis" if "/" in version else "api"
         return f"/{root}/{version}/namespaces/{self.namespace}/{PLURALS[kind]}/{name}"
 
 
-def _selector(item: Json) -> str:
-    return ",".join(f"{k}={v}" for k, v in sorted(item["spec"]["selector"]["matchLabels"].items()))
+def _owned(listed: Json, uids: set[str]) -> Iterator[Json]:
+    for item in listed.get("items") or ():
+        if any(owner["uid"] in uids for owner in item["metadata"].get("ownerReferences") or ()):
+            yield item
 
 
 def _revision(item: Json) -> int:
     return int((item["metadata"].get("annotations") or {}).get(REVISION, 0))
 
 
-def _last_words(container: Json) -> str:
-    last = (container.get("lastState") or {}).get("terminated") or {}
-    last = last or (container.get("state") or {}).get("terminated") or {}
-    said = last_line(last.get("message", ""))
-    return (
-        f"container {container['name']} ends at each start (exit {last.get('exitCode')}){f': {said}' if said else ''}"
-    )
+def _differences(wanted: Any, live: Any, path: str) -> Iterator[str]:
+    if isinstance(wanted, dict) and isinstance(live, dict):
+        for key in sorted({*wanted, *live}):
+            yield from _differences(wanted.get(key), live.get(key), f"{path}.{key}")
+    elif isinstance(wanted, list) and isinstance(live, list) and len(wanted) == len(live):
+        for number, (one, other) in enumerate(zip(wanted, live, strict=True)):
+            yield from _differences(one, other, f"{path}[{number}]")
+    elif wanted != live:
+        yield path

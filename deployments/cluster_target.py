@@ -33,6 +33,7 @@ class ClusterTarget:
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0, memory="2Gi"))  # of each pod
     start_seconds: float = 300.0  # for one new pod: node, image, archive, loading, golden requests
     patience_seconds: float = 60.0  # with what somebody has to put right: an image, a claim, a quota
+    ready_seconds: float = 5.0  # that a new pod has to stay ready before an old one goes
     drain_seconds: float = 10.0  # until every proxy has forgotten a pod that leaves
 
     def url(self, pipeline: str) -> str:

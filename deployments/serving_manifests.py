@@ -26,7 +26,8 @@ from deployments.manifests import (
 from deployments.workload import Resources
 
 INFERENCE, METRICS = 8080, 8082  # the management port stays on the pod's loopback
-MODELS, STATE = "/models", "/var/lib/torchserve"
+MODELS, STATE, SETTINGS = "/models", "/var/lib/torchserve", "/etc/torchserve"
+SETTINGS_MAP = "torchserve"  # a ConfigMap of the namespace, where there is one: limits and log levels of every server
 LABEL_ANNOTATION, VERSION_ANNOTATION, MAR_ANNOTATION = f"{DOMAIN}/label", f"{DOMAIN}/version", f"{DOMAIN}/mar"
 
 
@@ -85,7 +86,7 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
         "volumeMounts": [{"name": "state", "mountPath": place.state_mount, "readOnly": True}, models, tmp],
     }
     about_model = ["--model", serving.pipeline, "--label", serving.label, "--golden", f"{MODELS}/golden.json"]
-    ready = [*program, "ready", *about_model]
+    ready = [*program, "ready", *about_model, "--state", STATE]
     probe: Manifest = {"exec": {"command": ready}, "timeoutSeconds": 10}
     serve: Manifest = {
         "name": "torchserve",
@@ -99,7 +100,12 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
         "resources": resources(serving.resources),
         "securityContext": security,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [{**models, "readOnly": True}, tmp, {"name": "torchserve", "mountPath": STATE}],
+        "volumeMounts": [
+            {**models, "readOnly": True},
+            tmp,
+            {"name": "torchserve", "mountPath": STATE},
+            {"name": "settings", "mountPath": SETTINGS, "readOnly": True},
+        ],
         "startupProbe": {**probe, "periodSeconds": 2, "failureThreshold": math.ceil(serving.start_seconds / 2)},
         "readinessProbe": {**probe, "periodSeconds": 5, "failureThreshold": 2},
         "livenessProbe": {
@@ -124,6 +130,7 @@ def serving_deployment(serving: Serving, place: ClusterPlace) -> Manifest:
             {"name": "models", "emptyDir": {}},
             {"name": "torchserve", "emptyDir": {}},
             {"name": "tmp", "emptyDir": {}},
+            {"name": "settings", "configMap": {"name": SETTINGS_MAP, "optional": True}},
         ],
         "topologySpreadConstraints": [
             {

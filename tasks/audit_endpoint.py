@@ -1,24 +1,31 @@
 """Whether record, registry, server and archive say the same, and on request: make them.
 
-Compared are the alias `champion`, the server's default version, the version that answers, the digest of the files that
-its worker really loaded, the sha256 of the .mar in the store, and what is left over. The record is the truth; repairing
-is the rollout's own `reconcile`. Not covered: whether the model is any good (the gate), the answers (check_endpoint).
+Compared are the alias `champion`, what the server has in service (TorchServe's default version; a cluster's Deployment,
+field by field, and its pods), the version that answers, the digest of the files that its worker really loaded, the
+sha256 of the .mar in the store, and what is left over. The record is the truth; repairing is the change's own
+`reconcile`. Not covered: whether the model is any good (the gate), the answers (check_endpoint).
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deployments.cluster_target import ClusterTarget
 from deployments.errors import GiveUp, StepError
-from deployments.serving import Served, TorchServe
+from deployments.serving_manifests import LABEL_ANNOTATION
 from tasks.archive import content_digest
-from tasks.champion import Champion
-from tasks.endpoint import EndpointRecord, Version
+from tasks.endpoint import Version
+from tasks.endpoint_change import change_of
 from tasks.proof import Limits
 from tasks.rollout import Rollout
+from tasks.transaction import check_mar, finish
+
+if TYPE_CHECKING:
+    from tasks.rolling_update import RollingUpdate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +64,19 @@ class Audit:
     clean: bool
 
 
+Compared = Iterator[tuple[str, object, object]]  # what, found, expected
+
+
 def audit_endpoint(request: AuditRequest) -> Audit:
     """Compare, repair if asked. Raises TryAgain if a server is away or a rollout is under way."""
-    record = EndpointRecord(folder=request.record, pipeline=request.pipeline)
-    rollout = Rollout(
-        TorchServe(request.management_url, request.inference_url),
-        Champion(tracking_uri=request.tracking_uri, model=request.pipeline),
-        record,
-        Limits(),
-    )
-    with record.lock(request.lock_wait_seconds):
-        serving = record.serving()
-        findings = compare(rollout, serving)
+    change = change_of(request, Limits())
+    with change.record.lock(request.lock_wait_seconds):
+        serving = change.record.serving()
+        findings = compare(change, serving)
         left, repaired = findings, False
         if findings and request.repair:
-            repair(rollout, serving)
-            left, repaired = compare(rollout, serving), True
+            repair(change, serving)
+            left, repaired = compare(change, serving), True
     return Audit(
         pipeline=request.pipeline,
         version=serving.version if serving else "",
@@ -84,60 +88,83 @@ def audit_endpoint(request: AuditRequest) -> Audit:
     )
 
 
-def repair(rollout: Rollout, serving: Version | None) -> None:
-    """The record's state, by the rollout's own way back. Raises GiveUp where only a new package can help."""
+def repair(change: Rollout | RollingUpdate, serving: Version | None) -> None:
+    """The record's state, by the change's own way back. Raises GiveUp where only a new package can help."""
     if serving:
-        rollout.check_mar(serving)
-    if served := next((found for found in rollout.versions() if serving and found.label == serving.label), None):
-        content = content_digest(Path(serving.mar)) if serving else ""
-        if digest_of(rollout, served)[1] not in (content, ""):
-            raise GiveUp(
-                f"{rollout.model} {served.label}: the server loaded other files than {served.mar} holds; restart it"
-            )
-    if unfinished := rollout.record.read()["transaction"]:
-        rollout.finish(unfinished)
+        check_mar(change.model, serving)
+        label, digest = answering(change, serving.label)
+        if label == serving.label and digest not in (content_digest(Path(serving.mar)), ""):
+            raise GiveUp(f"{change.model} {label}: the server loaded other files than {serving.mar} holds; restart it")
+    if unfinished := change.record.read()["transaction"]:
+        finish(change, unfinished)
     else:
-        rollout.reconcile()
+        change.reconcile()
 
 
-def compare(rollout: Rollout, serving: Version | None) -> list[Finding]:
+def compare(change: Rollout | RollingUpdate, serving: Version | None) -> list[Finding]:
     """Everything that is not as the record says."""
-    findings: list[Finding] = []
+    return [
+        Finding(what=what, found=str(found), expected=str(expected))
+        for what, found, expected in everything(change, serving)
+        if found != expected
+    ]
 
-    def expect(what: str, found: object, expected: object) -> None:
-        if found != expected:
-            findings.append(Finding(what=what, found=str(found), expected=str(expected)))
 
-    transaction = rollout.record.read()["transaction"]
-    expect("unfinished transaction", transaction["phase"] if transaction else None, None)
-    expect("alias champion", rollout.champion.read(), serving.version if serving else None)
-    held = rollout.versions()
-    default = next((found for found in held if found.default), None)
-    expect("default version", default.label if default else None, serving.label if serving else None)
-    expect("left over on the server", [v.label for v in held if not serving or v.label != serving.label], [])
+def everything(change: Rollout | RollingUpdate, serving: Version | None) -> Compared:
+    """All that is compared, whether it is as it should be or not."""
+    transaction = change.record.read()["transaction"]
+    yield "unfinished transaction", transaction["phase"] if transaction else None, None
+    yield "alias champion", change.champion.read(), serving.version if serving else None
+    served = yield from on_torchserve(change, serving) if isinstance(change, Rollout) else in_pods(change, serving)
     if serving is None:
-        return findings
+        return
     mar = Path(serving.mar)
     if not mar.is_file():
-        expect(f"sha256 of {mar.name}", "no such file", serving.sha256)
-        return findings
+        yield f"sha256 of {mar.name}", "no such file", serving.sha256
+        return
     with mar.open("rb") as handle:
-        expect(f"sha256 of {mar.name}", file_digest(handle, "sha256").hexdigest(), serving.sha256)
-    if default:
-        expect("workers ready", default.ready, default.workers)
-        answering, loaded = digest_of(rollout, default)
-        expect("label that answers", answering, serving.label)
+        yield f"sha256 of {mar.name}", file_digest(handle, "sha256").hexdigest(), serving.sha256
+    if served:
+        label, loaded = answering(change, served)
+        yield "label that answers", label, serving.label
         try:
-            expect("digest of the served files", loaded, content_digest(mar))
+            yield "digest of the served files", loaded, content_digest(mar)
         except GiveUp as error:
-            expect("archive", str(error), "a valid one")
-    return findings
+            yield "archive", str(error), "a valid one"
 
 
-def digest_of(rollout: Rollout, served: Served) -> tuple[str, str]:
-    """(label, content digest) that a worker of this version reports; empty if none answers."""
+def on_torchserve(rollout: Rollout, serving: Version | None) -> Generator[tuple[str, object, object], None, str]:
+    """What one TorchServe holds; returns the label of its default version, "" if it has none."""
+    held = rollout.versions()
+    default = next((found for found in held if found.default), None)
+    yield "default version", default.label if default else None, serving.label if serving else None
+    yield "left over on the server", [v.label for v in held if not serving or v.label != serving.label], []
+    if serving and default:
+        yield "workers ready", default.ready, default.workers
+    return default.label if default else ""
+
+
+def in_pods(update: RollingUpdate, serving: Version | None) -> Generator[tuple[str, object, object], None, str]:
+    """What a cluster has; returns the label of its Deployment, "" if there is none."""
+    live = update.rollouts.find(update.name)
+    template = live["spec"]["template"]["metadata"] if live else {}
+    label = str((template.get("annotations") or {}).get(LABEL_ANNOTATION, ""))
+    yield f"Deployment {update.name}", label or None, serving.label if serving else None
+    if serving is None or live is None:
+        return ""
+    for item in update.objects(serving):
+        yield f"{item['kind']} {update.name} differs in", ", ".join(update.rollouts.drift(item)), ""
+    state = update.rollouts.state(update.name)
+    yield "pods", "all ready" if state.complete else state.reason, "all ready"
+    return label
+
+
+def answering(change: Rollout | RollingUpdate, label: str) -> tuple[str, str]:
+    """(label, content digest) that a worker reports, of this version where versions can be told apart in a request;
+    empty if none answers."""
+    pinned = label if isinstance(change, Rollout) else ""
     try:
-        answer = rollout.server.predict(rollout.model, b"", label=served.label, timeout=10)
+        answer = change.server.predict(change.model, b"", label=pinned, timeout=10)
     except StepError:
         return "", ""
     return answer.headers.get("x-model-label", ""), answer.headers.get("x-content-digest", "")

@@ -1,10 +1,11 @@
-"""A packaged version into service, or an earlier one back: alias, default version and .mar digest in one transaction.
+"""A packaged version into service, or an earlier one back: alias, what is served and .mar digest in one transaction.
 
     python -m tasks.step deploy_model request.json result.json
 
 Running it again is always right: after a kill it continues or undoes what was under way, and a version that is in
 service already is verified, not deployed again. On any failure the old version serves on, the new one is removed, the
-alias is as before, and the error says why. Not covered: the order itself (tasks.rollout), its record (tasks.endpoint).
+alias is as before, and the error says why. With `cluster` the version goes to pods of it, else to a TorchServe.
+Not covered: the order itself (tasks.transaction, tasks.rollout, tasks.rolling_update), its record (tasks.endpoint).
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deployments.cluster_target import ClusterTarget
 from deployments.errors import GiveUp
-from deployments.serving import TorchServe
 from tasks.admission import AdmissionRequest, admit
-from tasks.champion import Champion
 from tasks.endpoint import EndpointRecord, Version
+from tasks.endpoint_change import change_of, inference_url
 from tasks.proof import Limits
-from tasks.rollout import Rollout
+from tasks.transaction import Change, in_service, move, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ class DeployRequest:
     max_p95_seconds: float = 1.0
     canary_samples: int = 0  # held-out samples on which old and new are compared; 0: none
     canary_max_accuracy_drop: float = 0.05
-    admission: bool = False  # serve it on scratch ports first (tasks.admission); about ten seconds, once per archive
+    # Serve it on scratch ports first (tasks.admission); about ten seconds, once per archive. On a cluster each new pod
+    # proves itself before it gets traffic, so nothing is asked of the step's own machine.
+    admission: bool = False
     server_logs: str = ""  # TorchServe's log folder, if it is here: a worker that does not start is then quoted
     lock_wait_seconds: float = 300.0
     cluster: ClusterTarget | None = None  # None: the TorchServe behind the URLs
@@ -103,6 +105,7 @@ def run(request: DeployRequest, on_phase: Callable[[str], None]) -> Endpoint:
         golden_count=request.golden_count,
         tolerance=request.tolerance,
         serve=request.serve,
+        cluster=asdict(request.cluster.without_access()) if request.cluster else {},
     )
     limits = Limits(
         start_seconds=request.start_seconds,
@@ -113,15 +116,15 @@ def run(request: DeployRequest, on_phase: Callable[[str], None]) -> Endpoint:
         request_seconds=float(request.serve.get("response_timeout_seconds", 30)) + 1,
         server_logs=request.server_logs,
     )
-    rollout = rollout_of(request, limits, on_phase)
+    change = change_of(request, limits, on_phase)
     with undone_when_cancelled():
-        return put_into_service("deploy", rollout, target, request)
+        return put_into_service("deploy", change, target, request)
 
 
 def roll_back(request: RollbackRequest, on_phase: Callable[[str], None] = lambda phase: None) -> Endpoint:
     """An earlier version back in service, by the same transaction. Raises GiveUp if there is none, or as deploying."""
-    rollout = rollout_of(request, Limits(soak_seconds=request.soak_seconds), on_phase)
-    record = rollout.record
+    change = change_of(request, Limits(soak_seconds=request.soak_seconds), on_phase)
+    record = change.record
     if request.to:
         target = record.find(request.to)
     elif (before := record.previous()) is not None:
@@ -130,18 +133,7 @@ def roll_back(request: RollbackRequest, on_phase: Callable[[str], None] = lambda
         raise GiveUp(
             f"{request.pipeline}: no version was in service before this one, so there is nothing to go back to"
         )
-    return put_into_service("rollback", rollout, target, request)
-
-
-def rollout_of(request: DeployRequest | RollbackRequest, limits: Limits, on_phase: Callable[[str], None]) -> Rollout:
-    """The machinery for one endpoint."""
-    return Rollout(
-        TorchServe(request.management_url, request.inference_url),
-        Champion(tracking_uri=request.tracking_uri, model=request.pipeline),
-        EndpointRecord(folder=request.record, pipeline=request.pipeline),
-        limits,
-        on_phase=on_phase,
-    )
+    return put_into_service("rollback", change, target, request)
 
 
 @contextmanager
@@ -162,20 +154,18 @@ def undone_when_cancelled() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def put_into_service(
-    kind: str, rollout: Rollout, target: Version, request: DeployRequest | RollbackRequest
-) -> Endpoint:
+def put_into_service(kind: str, change: Change, target: Version, request: DeployRequest | RollbackRequest) -> Endpoint:
     """Under the endpoint's lock: verify what is in service already, or move."""
     began = time.monotonic()
-    with rollout.record.lock(request.lock_wait_seconds):
-        changed = not in_service(rollout, target)
-        if changed and isinstance(request, DeployRequest) and request.admission:
+    with change.record.lock(request.lock_wait_seconds):
+        changed = not in_service(change, target)
+        if changed and isinstance(request, DeployRequest) and request.admission and request.cluster is None:
             admit(admission_of(request))
-            rollout.on_phase("admitted")
-        passed = rollout.move(kind, target) if changed else verify(rollout, target)
-        old = rollout.record.previous()
+            change.on_phase("admitted")
+        passed = move(change, kind, target) if changed else verify(change, target)
+        old = change.record.previous()
     return Endpoint(
-        url=f"{request.inference_url.rstrip('/')}/predictions/{request.pipeline}",
+        url=f"{inference_url(request)}/predictions/{request.pipeline}",
         version=target.version,
         label=target.label,
         sha256=target.sha256,
@@ -201,19 +191,3 @@ def admission_of(request: DeployRequest) -> AdmissionRequest:
         start_seconds=request.start_seconds,
         store=str(EndpointRecord(folder=request.record, pipeline=request.pipeline).store.path),
     )
-
-
-def in_service(rollout: Rollout, target: Version) -> bool:
-    """Whether record, server and alias all name the target, with nothing under way and nothing left over."""
-    serving = rollout.record.serving()
-    if serving is None or (serving.label, serving.sha256) != (target.label, target.sha256):
-        return False
-    found = rollout.versions()
-    healthy = [version.label for version in found if version.default and version.ready >= version.workers]
-    alone = [version.label for version in found] == healthy == [target.label]
-    return alone and rollout.record.read()["transaction"] is None and rollout.champion.read() == target.version
-
-
-def verify(rollout: Rollout, target: Version) -> int:
-    """Golden requests to what is in service. Raises GiveUp if it answers wrongly."""
-    return rollout.proof(target, target.golden_count).prove(pinned=False)

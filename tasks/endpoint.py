@@ -1,8 +1,9 @@
 """The record of an endpoint: what is in service, what is under way, what was before. One JSON document per pipeline.
 
-`serving` is the truth: alias `champion`, TorchServe's default version and the .mar's digest are made to equal it, after
-a kill as well as after a failure. A rollout notes each phase before its effect and changes `serving` in the one write
-that commits it. Standard library only. Not covered: the effects themselves (tasks.rollout), who may write (the lock).
+`serving` is the truth: alias `champion`, what the server has (TorchServe's default version, a cluster's Deployment) and
+the .mar's digest are made to equal it, after a kill as well as after a failure. A change notes each phase before its
+effect and writes `serving` in the one write that commits it. Standard library only. Not covered: the effects themselves
+(tasks.rollout, tasks.rolling_update), who may write (the lock).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tasks.records import Store
 
 HISTORY = 200  # entries kept
 PHASES = ("begun", "registering", "proving", "switching", "soaking", "aliasing", "committed", "undoing")
+ROLLING_PHASES = ("begun", "applying", "rolling", "proving", "soaking", "aliasing", "committed", "undoing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class Version:
     golden_count: int = 20
     tolerance: float = 1e-4
     serve: dict[str, Any] = field(default_factory=dict)
+    cluster: dict[str, Any] = field(default_factory=dict)  # the ClusterTarget it was proved with: image, resources, ...
 
 
 @dataclass(frozen=True, kw_only=True)

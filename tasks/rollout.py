@@ -1,10 +1,8 @@
-"""One version after another in service, without a lost request and without an unproved answer.
+"""One version after another in service on one TorchServe, without a lost request and without an unproved answer.
 
 The order is the one that lost nothing when it was measured: register without waiting, wait for READY workers, golden
 requests to the new version, canary, default version, soak, alias, commit; then the old one is drained and removed.
-Every phase is recorded before its effect. Whatever fails or kills it, `reconcile` makes server and registry equal the
-record again: before the commit that is the old version, after it the new one. So a repeated deployment needs no
-special case. Not covered: locks and requests (tasks.deploy_model), what a right answer is (tasks.proof).
+Not covered: record, commit and undoing (tasks.transaction), pods of a cluster (tasks.rolling_update).
 """
 
 from __future__ import annotations
@@ -14,21 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import GiveUp, StepError, TryAgain
+from deployments.errors import GiveUp, TryAgain
 from deployments.serving import ModelServer, Served
 from deployments.torchserve_launch import worker_error
-from tasks.archive import validate_archive
 from tasks.champion import Champion
 from tasks.endpoint import EndpointRecord, Version
-from tasks.golden import read_golden
 from tasks.proof import Limits, Proof
+from tasks.transaction import commit, note, proof_of
 
 CRASHES = 2  # worker processes that died while loading: more of them is a loop, not bad luck
 POLL = 0.1  # seconds
 
 
 class Rollout:
-    """Moves one endpoint between versions. `on_phase` hears of every transition (progress, tests)."""
+    """A `Change` (tasks.transaction) of the versions on one TorchServe. `on_phase` hears of every transition."""
 
     def __init__(
         self,
@@ -43,84 +40,23 @@ class Rollout:
         self.model = record.pipeline
         self.on_phase = on_phase
 
-    def move(self, kind: str, target: Version) -> int:
-        """Put `target` into service; returns the number of golden requests it answered. Raises GiveUp or TryAgain
-        after everything is as before."""
-        proof = self.proof(target, max(target.golden_count, self.limits.canary_samples))
-        unfinished = self.record.read()["transaction"]
-        if unfinished and (
-            unfinished["phase"] in ("committed", "undoing") or unfinished["target"]["label"] != target.label
-        ):
-            self.finish(unfinished)
-        self.restore()
-        self.record.begin(kind, target, self.champion.read())
-        self.on_phase("begun")
-        try:
-            passed = self.prove_and_switch(target, proof)
-        except BaseException as error:
-            why = f"{type(error).__name__}: {error}"
-            try:
-                self.record.phase("undoing", why=why)
-                self.on_phase("undoing")
-                self.reconcile()
-                self.record.close("rolled back", why)
-            except StepError as worse:
-                raise TryAgain(f"{error}; and the old version could not be restored yet: {worse}") from error
-            raise
-        self.on_phase("committed")
-        self.reconcile()  # the old one is drained and removed
-        self.on_phase("drained")
-        self.record.close("in service", golden=passed)
-        return passed
-
     def prove_and_switch(self, target: Version, proof: Proof) -> int:
         """From registering to the commit."""
-        self.note("registering")
+        note(self, "registering")
         self.register(target)
-        self.note("proving")
+        note(self, "proving")
         passed = proof.prove(pinned=True)
         proof.canary(self.record.serving())
-        self.note("switching")
+        note(self, "switching")
         self.server.set_default(self.model, target.label)
-        self.note("soaking")
+        note(self, "soaking")
         passed += self.soak(target, proof)
-        self.note("aliasing")
-        self.champion.move(target.version)
-        self.on_phase("aliased")
-        if (found := self.champion.read()) != target.version:
-            raise TryAgain(
-                f"alias {self.champion.alias!r} was set to {target.version} and is {found}: somebody else moves it"
-            )
-        self.record.commit(target)
+        commit(self, target)
         return passed
 
     def proof(self, target: Version, samples: int) -> Proof:
         """What the target has to answer. Raises GiveUp if its archive or its golden answers are damaged."""
-        return Proof(
-            server=self.server,
-            model=self.model,
-            target=target,
-            content=self.check_mar(target),
-            golden=read_golden(target.golden, samples),
-            limits=self.limits,
-        )
-
-    def note(self, phase: str) -> None:
-        self.record.phase(phase)
-        self.on_phase(phase)
-
-    def check_mar(self, target: Version) -> str:
-        """The archive is the one that was packaged, and harmless; returns its content digest. Raises GiveUp."""
-        from hashlib import file_digest
-
-        path = Path(target.mar)
-        if not path.is_file():
-            raise GiveUp(f"{path} is missing from the model store; package it again")
-        with path.open("rb") as handle:
-            found = file_digest(handle, "sha256").hexdigest()
-        if found != target.sha256:
-            raise GiveUp(f"{path} has sha256 {found}, packaged was {target.sha256}; package it again")
-        return validate_archive(path, pipeline=self.model, label=target.label).content_digest
+        return proof_of(self, self.server, target, samples)
 
     def register(self, target: Version) -> None:
         """Load the version beside the others and wait until its workers are READY; a healthy one is adopted."""
@@ -171,14 +107,6 @@ class Rollout:
                 f"{self.model} {target.label}: a worker died within the soak of {self.limits.soak_seconds:g} s"
             )
         return passed
-
-    def finish(self, unfinished: dict[str, Any]) -> None:
-        """End a transaction that a kill left: forward if it was committed, else back."""
-        committed = unfinished["phase"] == "committed"
-        self.reconcile()
-        self.record.close(
-            "in service" if committed else "rolled back", unfinished.get("why") or "the process was killed"
-        )
 
     def restore(self) -> None:
         """A server that came back empty gets the version in service before anything else. No effect otherwise."""
@@ -247,6 +175,12 @@ class Rollout:
             return 0
         worker = answer.headers.get("x-worker", "0")
         return int(worker) if worker.isdigit() else 0
+
+    def holds(self, target: Version) -> bool:
+        """Whether this version is the default one, healthy and alone."""
+        found = self.versions()
+        healthy = [version.label for version in found if version.default and version.ready >= version.workers]
+        return [version.label for version in found] == healthy == [target.label]
 
     def versions(self) -> list[Served]:
         return self.server.versions(self.model)

@@ -54,6 +54,7 @@ class KubeFake:
         self.foreground: set[str] = set()  # collections whose deletions wait for `finish_deletion`
         self.missing: set[str] = set()  # collections that are not defined
         self.groups: dict[str, dict[str, list[str]]] = {}  # further API groups: version -> plurals
+        self.applied: dict[tuple[str, str], Json] = {}  # what server-side apply was given last
         self.cut_after = 0  # a watch is cut after so many events, once
         self.duplicates = False
         self.oldest = 0  # watches from before this version get 410
@@ -83,6 +84,7 @@ class KubeFake:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # one write per answer: two cost 40 ms by Nagle's algorithm and a delayed ACK
 
             def setup(self) -> None:
                 super().setup()
@@ -264,6 +266,8 @@ class KubeFake:
                 made = self._create(http, collection, body)
             elif http.command == "GET" and not name:
                 self._list(http, collection, query)
+            elif "apply-patch" in (http.headers.get("Content-Type") or ""):
+                self._apply(http, collection, body, dry=query.get("dryRun") == "All")
             elif not self.has(collection, str(name)):
                 self._answer(http, 404, {"message": f"{name} not found", "details": {"name": name}})
             elif http.command == "GET":
@@ -292,6 +296,21 @@ class KubeFake:
         if version:
             return self._answer(http, 200, {"resources": [{"name": name} for name in groups[group][version]]})
         return self._answer(http, 200, {"versions": [{"version": v} for v in groups[group]]})
+
+    def _apply(self, http: BaseHTTPRequestHandler, collection: str, body: Json, *, dry: bool) -> None:
+        """Server-side apply by one manager: what it applied before and leaves out now is taken away."""
+        name = body["metadata"]["name"]
+        item = self.get(collection, name) if self.has(collection, name) else {}
+        before = copy.deepcopy(item.get("spec"))
+        fresh = {key: value for key, value in body.items() if key != "status"}
+        _prune(item, self.applied.get((collection, name), {}), fresh)
+        _merge(item, copy.deepcopy(fresh))
+        if item.get("spec") != before:
+            item["metadata"]["generation"] = int(item["metadata"].get("generation", 0)) + 1
+        if not dry:
+            self.applied[collection, name] = copy.deepcopy(fresh)
+            item = self.put(collection, item)
+        self._answer(http, 200, item)
 
     def _create(self, http: BaseHTTPRequestHandler, collection: str, body: Json) -> Json | None:
         name = body["metadata"]["name"]
@@ -376,6 +395,7 @@ class KubeFake:
         http.send_response(200)
         http.send_header("Transfer-Encoding", "chunked")
         http.end_headers()
+        http.wfile.flush()
 
     @staticmethod
     def _chunk(http: BaseHTTPRequestHandler, text: str) -> None:
@@ -421,3 +441,11 @@ def _merge(into: Json, patch: Json) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
+
+
+def _prune(item: Json, before: Json, fresh: Json) -> None:
+    for key, value in before.items():
+        if key not in fresh:
+            item.pop(key, None)
+        elif isinstance(value, dict) and isinstance(fresh[key], dict) and isinstance(item.get(key), dict):
+            _prune(item[key], value, fresh[key])

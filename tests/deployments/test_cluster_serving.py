@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments.cluster_serving import REVISION, Rollouts
-from deployments.errors import GiveUp
+from deployments.errors import GiveUp, TryAgain
 from deployments.kube_api import connect
 from tests.deployments.kube_fake import PODS, KubeFake
 
@@ -24,7 +25,8 @@ def kube() -> Iterator[KubeFake]:
 
 
 @pytest.fixture
-def rollouts(kube: KubeFake, tmp_path: Path) -> Iterator[Rollouts]:
+def rollouts(kube: KubeFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rollouts]:
+    monkeypatch.setattr("deployments.cluster_serving.POLL_SECONDS", 0.05)
     api = connect(kubeconfig=kube.kubeconfig(tmp_path), patience=2.0)
     yield Rollouts(api, "ns")
     api.close()
@@ -104,13 +106,50 @@ def test_an_image_that_is_no_reference_fails_at_once(kube: KubeFake, rollouts: R
     assert rollouts.state("serve-x").failed
 
 
+def test_a_verdict_of_the_pod_fails_the_rollout_at_its_first_end(kube: KubeFake, rollouts: Rollouts) -> None:
+    deployment(kube, updatedReplicas=1, availableReplicas=2, replicas=3)
+    replica_set(kube, 2)
+    ended = {"terminated": {"exitCode": 1, "message": "no route to host"}}
+    new_pod(kube, 2, initContainerStatuses=[{"name": "fetch", "restartCount": 1, "lastState": ended}])
+    assert not rollouts.state("serve-x").failed  # it may come right
+    ended = {"terminated": {"exitCode": 4, "message": "x.mar has sha256 1, packaged was 2"}}
+    new_pod(kube, 2, initContainerStatuses=[{"name": "fetch", "state": ended}])
+    assert rollouts.state("serve-x").reason.endswith("(exit 4): x.mar has sha256 1, packaged was 2")
+    healthy = {"name": "torchserve", "ready": True, "restartCount": 9, "lastState": ended}  # long ago
+    new_pod(kube, 2, containerStatuses=[healthy])
+    assert not rollouts.state("serve-x").failed
+
+
+def test_what_somebody_has_to_put_right_is_waited_for_a_while(kube: KubeFake, rollouts: Rollouts) -> None:
+    deployment(kube, updatedReplicas=1, availableReplicas=2, replicas=3)
+    replica_set(kube, 2)
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "manifest unknown"}}
+    new_pod(kube, 2, phase="Pending", containerStatuses=[{"name": "c", "image": "i:1", "state": waiting}])
+    threading.Timer(1.2, lambda: kube.change(DEPLOYMENTS, "serve-x", updatedReplicas=2, replicas=2)).start()
+    threading.Timer(0.3, lambda: new_pod(kube, 2)).start()  # pushed in time
+    found = rollouts.wait("serve-x", seconds=20, patience=0.9)
+    assert found.complete
+    deployment(kube, updatedReplicas=1, availableReplicas=2, replicas=3)
+    new_pod(kube, 2, phase="Pending", containerStatuses=[{"name": "c", "image": "i:1", "state": waiting}])
+    began = time.monotonic()
+    found = rollouts.wait("serve-x", seconds=20, patience=0.3)
+    assert found.failed and "image i:1 cannot be pulled" in found.reason and time.monotonic() - began < 3
+
+
+def test_pods_that_cannot_be_created(kube: KubeFake, rollouts: Rollouts) -> None:
+    failure = {"type": "ReplicaFailure", "status": "True", "message": 'pods "x" is forbidden: exceeded quota: q'}
+    deployment(kube, updatedReplicas=0, availableReplicas=2, replicas=2, conditions=[failure])
+    found = rollouts.wait("serve-x", seconds=20, patience=0.2)
+    assert found.failed and "exceeded quota: q; wait for room" in found.reason
+
+
 def test_the_deadline_names_what_holds_the_new_pod(kube: KubeFake, rollouts: Rollouts) -> None:
     condition = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "m"}
     deployment(kube, conditions=[condition])
     replica_set(kube, 2)
     assert rollouts.state("serve-x").reason == "m"
     new_pod(kube, 2, containerStatuses=[{"name": "torchserve", "ready": False}])
-    assert "does not answer its golden request" in rollouts.state("serve-x").reason
+    assert "does not answer its golden requests" in rollouts.state("serve-x").reason
     waiting = {"waiting": {"reason": "ErrImagePull", "message": "not found"}}
     new_pod(kube, 2, phase="Pending", containerStatuses=[{"name": "c", "image": "i:1", "state": waiting}])
     found = rollouts.state("serve-x")
@@ -123,30 +162,74 @@ def test_patience_has_an_end(kube: KubeFake, rollouts: Rollouts) -> None:
     assert found.failed and found.reason == "not complete after 0.2 s: 1 of 2 pods are new, 1 available"
 
 
-def test_undo_takes_the_template_before(kube: KubeFake, rollouts: Rollouts) -> None:
-    deployment(kube, revision=4)
-    for revision in (1, 3, 4):
-        replica_set(kube, revision)
-    replica_set(kube, 2, owner="another")
-    assert rollouts.undo("serve-x") == 3
-    method, path = kube.requests[-1]
-    assert method == "PATCH" and path.endswith("/deployments/serve-x")
-
-
-def test_undo_of_the_first_version_says_so(kube: KubeFake, rollouts: Rollouts) -> None:
-    deployment(kube, revision=1)
-    replica_set(kube, 1)
-    with pytest.raises(GiveUp, match="no revision before 1"):
-        rollouts.undo("serve-x")
-    with pytest.raises(GiveUp, match="no Deployment serve-y"):
+def test_no_deployment(rollouts: Rollouts) -> None:
+    with pytest.raises(GiveUp, match="no Deployment serve-y in namespace ns"):
         rollouts.state("serve-y")
+    rollouts.delete("serve-y", seconds=1)
+
+
+ITEM: Json = {
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {"name": "serve-x"},
+    "spec": {"replicas": 2, "minReadySeconds": 1, "template": {"spec": {"v": 2, "args": ["a"]}}},
+}
+
+
+def test_drift_is_what_an_apply_would_change(kube: KubeFake, rollouts: Rollouts) -> None:
+    assert rollouts.drift(ITEM) == ["Deployment serve-x"]
+    rollouts.apply(ITEM)
+    assert rollouts.drift(ITEM) == [] and kube.count("PATCH", "dryRun=All") == 1
+    live = kube.get(DEPLOYMENTS, "serve-x")
+    live["spec"]["template"]["spec"]["args"] = ["b"]
+    live["spec"]["paused"] = True  # somebody else's field, which an apply leaves
+    kube.put(DEPLOYMENTS, live)
+    assert rollouts.drift(ITEM) == ["spec.template.spec.args[0]"]
+    assert kube.get(DEPLOYMENTS, "serve-x")["spec"]["template"]["spec"]["args"] == ["b"]  # only looked at
+    rollouts.apply(ITEM)
+    assert rollouts.drift(ITEM) == []
+
+
+def test_replicas_that_an_autoscaler_set_are_left_alone(kube: KubeFake, rollouts: Rollouts) -> None:
+    rollouts.apply(ITEM)
+    assert kube.get(DEPLOYMENTS, "serve-x")["spec"]["replicas"] == 2  # at creation
+    live = kube.get(DEPLOYMENTS, "serve-x")
+    live["spec"]["replicas"] = 5
+    owned = {"f:spec": {"f:replicas": {}}}
+    scaled = {"manager": "kube-controller-manager", "subresource": "scale", "operation": "Update", "fieldsV1": owned}
+    live["metadata"]["managedFields"] = [{"manager": "reprise", "fieldsV1": {"f:spec": {"f:template": {}}}}, scaled]
+    kube.put(DEPLOYMENTS, live)
+    kube.applied.clear()  # the server took the field from us when the autoscaler changed it
+    assert rollouts.drift(ITEM) == []
+    rollouts.apply(ITEM)
+    assert kube.get(DEPLOYMENTS, "serve-x")["spec"]["replicas"] == 5
+
+
+def test_delete_waits_for_the_last_pod(kube: KubeFake, rollouts: Rollouts) -> None:
+    rollouts.apply(ITEM)
+    rollouts.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "serve-x"}, "spec": {}})
+    kube.foreground.add(DEPLOYMENTS)
+    with pytest.raises(TryAgain, match=r"serve-x: its pods are not gone after 0\.2 s"):
+        rollouts.delete("serve-x", seconds=0.2)
+    assert not kube.has("/api/v1/namespaces/ns/services", "serve-x")
+    threading.Timer(0.3, lambda: kube.remove(DEPLOYMENTS, "serve-x")).start()
+    rollouts.delete("serve-x", seconds=5)
+
+
+def test_restarts_are_counted_for_the_new_pods_alone(kube: KubeFake, rollouts: Rollouts) -> None:
+    deployment(kube)
+    replica_set(kube, 1)
+    replica_set(kube, 2)
+    new_pod(kube, 1, containerStatuses=[{"name": "c", "restartCount": 7}])
+    new_pod(kube, 2, containerStatuses=[{"name": "c", "restartCount": 3}])
+    assert rollouts.restarts("serve-x") == 3
 
 
 def test_apply_is_server_side_and_a_refusal_is_one_sentence(kube: KubeFake, rollouts: Rollouts) -> None:
     item = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "serve-x"}, "spec": {}}
     deployment(kube)
     rollouts.apply(item)
-    assert kube.count("PATCH", "fieldManager=reprise&force=true&fieldValidation=Strict") == 1
+    assert kube.count("PATCH", "fieldManager=reprise&force=true&fieldValidation=Strict$") == 1
     kube.fail("PATCH", "deployments", 422, message="spec.selector: field is immutable")
     with pytest.raises(GiveUp, match=r"refused Deployment serve-x: spec\.selector: field is immutable"):
         rollouts.apply(item)
