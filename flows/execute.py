@@ -72,6 +72,7 @@ def _reuse(run: Run) -> dict[str, Any]:
         }
     run.update(
         status="unchanged",
+        closed=True,
         ended=time.time(),
         message="every step is reused",
         model_version=results["register_model"]["version"],

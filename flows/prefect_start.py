@@ -94,7 +94,7 @@ def _again(order: Order, document: dict[str, Any]) -> Order:
         rev=document["git_sha"],
         overrides=tuple(document["overrides"]),
         cause=document["cause"],
-        resume="" if document["status"] in FINISHED else document["run"],
+        resume="" if document["status"] in FINISHED and document.get("closed", True) else document["run"],
     )
 
 

@@ -54,11 +54,13 @@ async def published(run: Run) -> AsyncIterator[None]:
         if "train_model" in run.results:
             await _report(run)
         await _tell(run)
+        run.update(closed=True)
         if not isinstance(error, StepError):
             raise
         get_run_logger().error(str(error))
         raise
-    if run.plan.unchanged:  # the schedule of a quiet night: its report would be the last one's
+    finishing = run.document.get("previous", {}).get("status") == "succeeded"  # killed after its last step
+    if run.plan.unchanged and not finishing:  # the schedule of a quiet night: its report would be the last one's
         run.update(status="unchanged", ended=time.time(), message="every step is reused")
         _fill(run)
         await _links(run)
@@ -66,6 +68,7 @@ async def published(run: Run) -> AsyncIterator[None]:
         run.update(status="succeeded", ended=time.time(), message="")
         await _report(run)
     await _tell(run)
+    run.update(closed=True)
 
 
 def _stopped(run: Run) -> None:
@@ -138,8 +141,10 @@ async def _report(run: Run) -> None:
     training: TrainedModel = run.results["train_model"]
     _fill(run)
     request = requests.report(run, training)
+    # A flow that was killed here adopts it; what a failed run reports is another thing each time.
+    which = "done" if run.document["status"] == "succeeded" else str(run.document.get("resumed", 0))
     workload = Workload(
-        name=f"write-report-{run.id}-{run.document.get('resumed', 0)}-{int(time.time())}",
+        name=f"write-report-{run.id}-{which}",
         image="step",
         command=("python", "-m", "tasks.step", "write_report", "{request}", "{result}"),
         request=asdict(request),

@@ -112,6 +112,7 @@ def new_document(plan: Plan, *, run: str, rev: str, overrides: list[str], cause:
         "overrides": overrides,
         "cause": cause,
         "status": "running",
+        "closed": False,  # finished, reported and told
         "message": "",
         "started": time.time(),
         "budget_since": time.time(),

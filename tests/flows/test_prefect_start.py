@@ -52,6 +52,12 @@ def test_it_goes_on_at_its_own_commit(tmp_path: Path, status: str, resume: str) 
     assert (order.rev, order.overrides, order.cause, order.resume) == ("a" * 40, ("train.epochs=3",), "push", resume)
 
 
+def test_killed_while_it_reported_it_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    document = keep(Store(root=str(tmp_path)), "succeeded")
+    assert _again(Order(), {**document, "closed": False}).resume == "digits-4"
+    assert _again(Order(), {**document, "closed": True}).resume == ""
+
+
 def test_a_turn_is_waited_for_without_stopping_the_loop(tmp_path: Path) -> None:
     store = Store(root=str(tmp_path))
 
