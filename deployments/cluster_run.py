@@ -84,7 +84,7 @@ class ClusterRun:
         self.nodes = NodeMemory(cluster.node)
         folder = cluster.make_folder(workload.name)
         self.feed = LogFeed(cluster.api, cluster.pod_path(""), self.container, event, on_line, folder)
-        self._told, self._waiting_since = "", 0.0
+        self._told, self._waiting_since, self._suspended_at = "", 0.0, 0.0
         self._old: set[str] = set()  # uids of pods from before a suspension
         self._events_at = 0.0
         self._held_by_event: Waiting | None = None
@@ -192,6 +192,7 @@ class ClusterRun:
         if limit is not None and age > limit:
             return self._end(Ending(cause="deadline", reason=f"longer than its {limit:g} s"))
         if is_suspended(item):
+            self._suspended_at = time.time()
             self._old |= {uid_of(p) for p in pods}
             held: Waiting | None = Waiting(reason="Suspended", sentence="it is suspended, by its queue or a person")
         else:
@@ -211,7 +212,8 @@ class ClusterRun:
                 return self._end(Ending(cause="user_error", reason=held.sentence, error=error))
         replicas = self.workload.replicas if self.training else 1
         started = len([p for p in pods if is_scheduled(p)]) >= replicas
-        if patience is not None and not started and age > patience:
+        waited = time.time() - max(self.created, self._suspended_at)  # a place in a queue is no want of a node
+        if patience is not None and not started and waited > patience:
             why = held.sentence if held else "no pod was scheduled"
             self._end(Ending(cause="no_capacity", reason=f"no node within {patience:g} s: {why}"))
         return None

@@ -68,6 +68,17 @@ def apply(api: KubeApi, collection: str, item: dict[str, Any]) -> None:
     api.request("PATCH", path, query=query, body={"apiVersion": "v1", **item}, content_type=APPLY_PATCH)
 
 
+def make_namespace(api: KubeApi, name: str) -> None:
+    """A namespace with what our pods need: their accounts and a ReadWriteMany claim."""
+    meta, root = {"namespace": name}, f"/api/v1/namespaces/{name}"
+    apply(api, "/api/v1/namespaces", {"kind": "Namespace", "metadata": {"name": name}})
+    for account in ("reprise-step", "reprise-serve", "reprise-deploy"):
+        apply(api, f"{root}/serviceaccounts", {"kind": "ServiceAccount", "metadata": {"name": account, **meta}})
+    spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    claim = {"kind": "PersistentVolumeClaim", "metadata": {"name": "reprise", **meta}, "spec": spec}
+    apply(api, f"{root}/persistentvolumeclaims", claim)
+
+
 def rig_state() -> Path:
     """The folder of the rig whose kubeconfig is used."""
     return Path(os.environ["KUBECONFIG"]).resolve().parent

@@ -36,18 +36,11 @@ def api() -> Iterator[KubeApi]:
 def place(api: KubeApi, request: pytest.FixtureRequest) -> Iterator[ClusterPlace]:
     """A namespace of the test module's own, with its account and its ReadWriteMany claim."""
     from deployments.manifests import ClusterPlace
-    from tests.cluster_kit import apply, cluster_images
+    from tests.cluster_kit import cluster_images, make_namespace
 
     module = Path(str(request.path)).stem.removeprefix("test_").replace("_", "-")
     name = f"reprise-{module}-{os.getpid()}"
-    meta = {"namespace": name}
-    apply(api, "/api/v1/namespaces", {"kind": "Namespace", "metadata": {"name": name}})
-    root = f"/api/v1/namespaces/{name}"
-    for account in ("reprise-step", "reprise-serve", "reprise-deploy"):
-        apply(api, f"{root}/serviceaccounts", {"kind": "ServiceAccount", "metadata": {"name": account, **meta}})
-    spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
-    claim = {"kind": "PersistentVolumeClaim", "metadata": {"name": "reprise", **meta}, "spec": spec}
-    apply(api, f"{root}/persistentvolumeclaims", claim)
+    make_namespace(api, name)
     yield ClusterPlace(namespace=name, images=cluster_images(), node_loss_seconds=5)
     api.delete(f"/api/v1/namespaces/{name}")
 

@@ -338,6 +338,20 @@ def test_no_capacity_names_what_is_missing(kube: KubeFake, cluster: Cluster) -> 
     assert "Insufficient nvidia.com/gpu" in outcome.reason and not kube.has(JOBS, NAME)
 
 
+def test_a_place_in_a_queue_is_no_want_of_a_node(kube: KubeFake, cluster: Cluster) -> None:
+    def controllers(job: Json) -> None:
+        kube.condition(JOBS, NAME, "Suspended")
+        time.sleep(0.8)
+        kube.change(JOBS, NAME, conditions=[])
+        freed.append(time.time())
+
+    freed: list[float] = []
+    kube.on_create[JOBS] = controllers
+    outcome = Background(cluster, step(start_seconds=0.4)).end()
+    assert outcome.cause == "no_capacity" and freed, "not while it was suspended"
+    assert outcome.ended - freed[0] > 0.35
+
+
 def test_an_image_that_cannot_be_pulled_is_a_preflight_error(kube: KubeFake, cluster: Cluster) -> None:
     def controllers(job: Json) -> None:
         waiting = {"reason": "ErrImagePull", "message": "manifest unknown"}
