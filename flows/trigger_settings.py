@@ -18,6 +18,7 @@ from flows.setting_types import Duration, SecretReference, Section, as_tuple
 _REPOSITORY = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)+")
 _BRANCH = re.compile(r"(?!-)(?!.*(?:\.\.|//|@\{|\.lock$|/$))[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
 _PRIVATE = r"127\.[0-9.]+|10\.[0-9.]+|192\.168\.[0-9.]+|172\.(?:1[6-9]|2[0-9]|3[01])\.[0-9.]+"
+_MAIL = re.compile(r"[^@\s,<>]+@[^@\s,<>]+")
 _BLOCK = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
 Outcome = Literal["success", "refusal", "rollback", "budget", "failure"]
 
@@ -180,7 +181,7 @@ class DeploySettings(Section):
 class NotifySettings(Section):
     """[notify]: a Prefect block that hears of outcomes. Off while `block` is empty."""
 
-    block: str = ""  # "slack-webhook/team", "webhook/ops", "custom-webhook/..", "sendgrid-email/.."
+    block: str = ""  # "slack-webhook/team", "webhook/ops", "sendgrid-email/..", "email-server-credentials/.." (SMTP)
     on: Annotated[tuple[Outcome, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         "success",
         "refusal",
@@ -188,6 +189,19 @@ class NotifySettings(Section):
         "budget",
         "failure",
     )
+    to: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(validate_default=True)] = ()  # of e-mail by SMTP
+
+    @field_validator("to")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        mail = str(info.data.get("block", "")).startswith("email-server-credentials/")
+        if mail and not value:
+            raise ValueError('expected who gets the mail: to = ["team@example.com"]')
+        if value and not mail:
+            raise ValueError('expected block = "email-server-credentials/NAME" beside it: other blocks know who hears')
+        if wrong := next((v for v in value if not _MAIL.fullmatch(v)), ""):
+            raise ValueError(f'expected e-mail addresses such as "team@example.com"; {wrong!r} is none')
+        return value
 
     @field_validator("block")
     @classmethod

@@ -58,6 +58,18 @@ MISTAKES = {
     "hasty approval": ('[deploy]\napproval_within = "5s"', r'expected at least "1m"'),
     "approval as text": ('[deploy]\napproval = "yes"', r"approval = \"yes\": expected true or false"),
     "block without type": ('[notify]\nblock = "team"', r"expected TYPE/NAME of a block in Prefect"),
+    "mail to nobody": (
+        '[notify]\nblock = "email-server-credentials/ops"',
+        r"\[notify\] to.*: expected who gets the mail",
+    ),
+    "mail to no address": (
+        '[notify]\nblock = "email-server-credentials/ops"\nto = ["ada@example.com", "team"]',
+        r"expected e-mail addresses such as .*'team' is none",
+    ),
+    "recipients of a chat": (
+        '[notify]\nblock = "slack-webhook/team"\nto = ["ada@example.com"]',
+        r"expected block = .email-server-credentials/NAME. beside it",
+    ),
     "unknown outcome": ('[notify]\non = ["sucess"]', r"on\[0\] = \"sucess\": expected 'success', 'refusal'"),
     "key of another section": ("[schedule]\napproval = true", r"unknown key; it belongs in \[deploy\]"),
 }
