@@ -6,6 +6,7 @@ Each ends with the commands one would type next. Not covered: parsing the comman
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deployments.errors import ConfigError, PreflightError
 from flows.display import next_commands, say, seconds, show_json, table
 from flows.execute import execute, resumed, summary
 from flows.place import is_cluster
-from flows.run import FINISHED, read_run
+from flows.run import FINISHED
 from flows.start import Order, pipeline_file, prepare, where
 
 
@@ -76,15 +77,17 @@ def _finish(document: dict[str, Any], *, as_json: bool, took: float) -> None:
 
 def resume_run(order: Order, run: str, *, as_json: bool) -> None:
     """`reprise resume`"""
-    from flows.inspect_runs import newest
+    from flows.inspect_runs import find_run
 
-    _, _, store = where(order)
-    run = run or newest(store)
-    document = read_run(store, run)
+    document = find_run(order, run)
+    run = str(document["run"])
     if document["status"] in FINISHED:
         say(f"run {run} is {document['status']}: nothing to resume")
         return
-    run_pipeline(resumed(order, document, run), as_json=as_json)
+    again = resumed(order, document, run)
+    if is_cluster(order.place, pipeline_file(order).parent):
+        again = replace(again, pipeline=order.pipeline)  # the document's is the pod's
+    run_pipeline(again, as_json=as_json)
 
 
 def cancel_and_tell(order: Order, run: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from deployments.errors import ConfigError, StepError
 from deployments.workload import INTERRUPTIONS
+from flows import cluster_runs
 from flows.display import SIGNS, ago, say, seconds, show_json, table
 from flows.execute import summary
 from flows.run import read_run, run_ids
@@ -23,9 +24,7 @@ from tasks.records import Store
 
 def list_runs(order: Order, *, as_json: bool) -> None:
     """All runs of this project, newest last."""
-    _, _, store = where(order)
-    documents = [read_run(store, run) for run in run_ids(store) if store.read(f"runs/{run}") is not None]
-    documents.sort(key=lambda d: float(d["started"]))
+    documents = _documents(order)
     if as_json:
         show_json(documents)
         return
@@ -52,8 +51,7 @@ def list_runs(order: Order, *, as_json: bool) -> None:
 
 def show_run(order: Order, run: str, *, as_json: bool) -> None:
     """One run: steps, attempts, results, links."""
-    _, _, store = where(order)
-    document = read_run(store, run or newest(store))
+    document = find_run(order, run)
     if as_json:
         show_json(document)
         return
@@ -87,20 +85,42 @@ def show_run(order: Order, run: str, *, as_json: bool) -> None:
 
 def show_logs(order: Order, run: str, *, step: str, follow: bool) -> None:
     """The log of each step of a run, in order; of one step if it is named."""
-    _, place, store = where(order)
-    document = read_run(store, run or newest(store))
+    document = find_run(order, run)
     names = [s["name"] for s in document["steps"]] + ["write_report"]
     if step and step not in names:
         raise ConfigError(f"--step {step}: no step of {document['run']}; expected one of: {', '.join(names)}")
     found = False
     for name in [step] if step else names:
-        for title, lines in _step_logs(place.state / "jobs", document, name, follow=follow):
+        for title, lines in _logs(order, document, name, follow=follow):
             found = True
             say(f"--- {title}", style="bold")
             for line in lines:
                 print(line, flush=True)
     if not found:
         say(f"no log of {step or document['run']} here: a reused step has its log in the run that did the work")
+
+
+def find_run(order: Order, run: str) -> dict[str, Any]:
+    """The document of a run (empty: the newest), wherever it ran. Raises ConfigError for an unknown one."""
+    if cluster_runs.on_cluster(order):
+        return cluster_runs.document(order, run)
+    _, _, store = where(order)
+    return read_run(store, run or newest(store))
+
+
+def _documents(order: Order) -> list[dict[str, Any]]:
+    if cluster_runs.on_cluster(order):
+        return cluster_runs.documents(order)
+    _, _, store = where(order)
+    found = [read_run(store, run) for run in run_ids(store) if store.read(f"runs/{run}") is not None]
+    return sorted(found, key=lambda d: float(d["started"]))
+
+
+def _logs(order: Order, document: dict[str, Any], step: str, *, follow: bool) -> Iterator[tuple[str, Iterator[str]]]:
+    if cluster_runs.on_cluster(order):
+        return cluster_runs.step_logs(order, document, step, follow=follow)
+    _, place, _ = where(order)
+    return _step_logs(place.state / "jobs", document, step, follow=follow)
 
 
 def _step_logs(jobs: Path, document: dict[str, Any], step: str, *, follow: bool) -> Iterator[tuple[str, Iterator[str]]]:
@@ -118,6 +138,8 @@ def _step_logs(jobs: Path, document: dict[str, Any], step: str, *, follow: bool)
 
 def cancel_run(order: Order, run: str, *, wait_seconds: float = 120.0) -> dict[str, Any]:
     """Stop a run: its step gets notice, its checkpoint stands. A run whose process died loses what it left running."""
+    if cluster_runs.on_cluster(order):
+        return cluster_runs.cancel(order, run, wait_seconds=wait_seconds)
     _, place, store = where(order)
     run = run or newest(store)
     document = read_run(store, run)

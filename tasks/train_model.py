@@ -98,9 +98,11 @@ def train_model(
     spec = replace(request.spec, mlflow_run=_tracking_run(request))
     Path(spec.output).mkdir(parents=True, exist_ok=True)
     with store.lock(f"training-{spec.key[:16]}", wait_seconds=10):
-        while not (result := _finished(spec)):
+        # Finished while nobody watched, an attempt's end is still to be told: it is asked for under its own name.
+        while not (result := _finished(spec)) or _left_open(store.attempts(spec.key)):
             attempts = store.attempts(spec.key)
-            _check_budgets(request, attempts)
+            if result is None:
+                _check_budgets(request, attempts)
             attempts = _next_attempt(request, attempts, on_line or (lambda line: None))
             store.write_attempts(spec.key, attempts)
             if on_attempts:
@@ -134,6 +136,11 @@ def train_model(
         seconds=result.seconds,
         progress=spec.progress,
     )
+
+
+def _left_open(attempts: list[Attempt]) -> bool:
+    """Whether the last row has no end: it runs, or ended after the flow that watched it was killed."""
+    return bool(attempts) and attempts[-1].ended is None
 
 
 def _tracking_run(request: TrainRequest) -> str:

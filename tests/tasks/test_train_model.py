@@ -140,6 +140,16 @@ def test_an_attempt_left_open_by_a_killed_flow_is_asked_for_under_its_own_name(
     assert (trained.attempts, script.seen[0].name) == (1, f"train-{'k' * 12}-1")
 
 
+def test_an_attempt_that_finished_while_nobody_watched_gets_its_end(request_: TrainRequest, tmp_path: Path) -> None:
+    first, store = drive(request_, Script([("complete", 0, 40, 40)]), tmp_path)
+    store.write_attempts("k" * 40, [Attempt(number=1, started=time.time() - 60)])
+    script = Script([("complete", 0, 40, 40)])  # what the place answers for a name that has ended
+    trained, _ = drive(replace(request_, deadline_seconds=1.0), script, tmp_path)
+    (row,) = store.attempts("k" * 40)
+    assert (row.cause, row.reached_step) == ("complete", 40) and row.ended is not None
+    assert (trained, len(script.seen)) == (first, 1)
+
+
 def test_a_finished_training_launches_nothing(request_: TrainRequest, tmp_path: Path) -> None:
     drive(request_, Script([("complete", 0, 40, 40)]), tmp_path)
     trained, _ = drive(request_, Script([]), tmp_path)
