@@ -1,7 +1,8 @@
 """How often to save: Young/Daly's interval from the measured stall and the observed interruptions, within bounds.
 
-The interval that loses least is about sqrt(2 x stall x MTBF) (Young 1974; Daly 2006 gives the next terms). The stall is
-measured at every save. The time between interruptions starts from the spec's guess, which counts as one observation,
+The interval that loses least is about sqrt(2 x cost x MTBF) (Young 1974; Daly 2006 gives the next terms). What a save
+costs is measured every time: its stall, and where hashing and writing compete with the training, how much longer the
+steps take meanwhile. The time between interruptions starts from the spec's guess, which counts as one observation,
 and each attempt's end corrects it. `grace_fit` tells before it hurts when a save does not fit into the notice.
 Not covered: saving (training/checkpoint.py) and who says that an attempt was interrupted (the ledger).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 from training.spec import CheckpointPolicy
 
@@ -42,12 +44,26 @@ class Cadence:
     def __post_init__(self) -> None:
         self.stalls: list[float] = []
         self.saves: list[float] = []
+        self.idle: list[float] = []  # seconds of steps without a save under way
+        self.extras: list[float] = []  # seconds that the steps during each save took longer, together
+        self._during: list[float] = []
+
+    def stepped(self, seconds: float, *, saving: bool) -> None:
+        """One step of the loop, stall included, and whether a save was under way."""
+        if saving:
+            self._during.append(seconds)
+        else:
+            self.idle = [*self.idle, seconds][-KEPT:]
 
     def measured(self, *, stall: float, durable: float | None = None) -> None:
         """One save: how long the loop stood still, and how long until the checkpoint was durable."""
         self.stalls = [*self.stalls, stall][-KEPT:]
         if durable is not None:
             self.saves = [*self.saves, durable][-KEPT:]
+        if self.idle and self._during:
+            extra = sum(self._during) - len(self._during) * fmean(self.idle)
+            self.extras = [*self.extras, extra][-KEPT:]
+        self._during = []
 
     @property
     def stall(self) -> float:
@@ -55,11 +71,16 @@ class Cadence:
         return sorted(self.stalls)[len(self.stalls) // 2] if self.stalls else FIRST_STALL
 
     @property
+    def cost(self) -> float:
+        """What one save costs the training: its stall, or more where the steps beside it are slowed down."""
+        return max(self.stall, fmean(self.extras)) if self.extras else self.stall
+
+    @property
     def interval(self) -> float:
         """Seconds between saves, within the policy's bounds; min_seconds until the first save was measured."""
         if not self.stalls:
             return self.policy.min_seconds
-        best = best_interval(self.stall, self.mtbf)
+        best = best_interval(self.cost, self.mtbf)
         return min(max(best, self.policy.min_seconds), self.policy.max_seconds)
 
     def due(self, step: int, now: float, *, busy: bool = False) -> bool:

@@ -63,7 +63,8 @@ def tell_saved(training: Training, *, wait: bool = False) -> None:
     checkpointer.wait_durable()
     stall, durable = checkpointer.stall_seconds[-1], checkpointer.durable_seconds[-1]
     cadence.measured(stall=stall, durable=durable)
-    told = {"stall": stall, "durable": durable, "interval": cadence.interval, "mtbf": cadence.mtbf}
+    told = {"stall": stall, "durable": durable, "cost": cadence.cost}
+    told |= {"interval": cadence.interval, "mtbf": cadence.mtbf}
     training.progress.event("checkpoint", step=training.saving, **told)
     training.saving = None
     grace = float(os.environ.get(LEAVE_WITHIN, "25"))

@@ -56,7 +56,8 @@ def train(training: Training) -> bool:
     pace, first = float(os.environ.get(PACE, "0")), True
     while training.step < training.max_steps:
         began = time.monotonic()
-        due = training.cadence.due(training.step + 1, began, busy=training.saving is not None)
+        saving = training.saving is not None
+        due = training.cadence.due(training.step + 1, began, busy=saving)
         loss, save, stop = gradients(training, forward, due=due)
         training.checkpointer.wait_staged()  # the copy of the weights that are about to change
         training.optimizer.step()
@@ -71,10 +72,12 @@ def train(training: Training) -> bool:
             return False
         if save:
             save_later(training)
+        training.step_seconds = time.monotonic() - began
         if first:  # off the path from a kill to the first new step, and off the first save
             training.checkpointer.prepare(training.state)
             first = False
-        training.step_seconds = time.monotonic() - began
+        else:
+            training.cadence.stepped(training.step_seconds, saving=saving or training.saving is not None)
         if pace > training.step_seconds:
             time.sleep(pace - training.step_seconds)
     if not training.complete:

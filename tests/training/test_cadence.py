@@ -69,3 +69,25 @@ def test_grace_fit_names_the_tightest_limit() -> None:
     told = grace_fit([40.0] * 20, 2.0, notice=120, grace=25)
     assert "42.0 s" in told and "grace period" in told and "25 s" in told
     assert "platform's notice" in grace_fit([40.0], 2.0, notice=20, grace=25)
+
+
+def test_a_save_that_slows_the_steps_beside_it_costs_more_than_its_stall() -> None:
+    cadence = Cadence(policy=CheckpointPolicy(min_seconds=0.1, max_seconds=60), mtbf=100, last_save=0.0)
+    for _ in range(10):
+        cadence.stepped(0.1, saving=False)
+    for seconds in (0.13, 0.17):
+        cadence.stepped(seconds, saving=True)
+    cadence.measured(stall=0.001, durable=0.2)
+    assert cadence.cost == pytest.approx(0.1)
+    assert cadence.interval == pytest.approx(best_interval(0.1, 100))
+    cadence.stepped(0.1, saving=True)
+    cadence.measured(stall=0.001, durable=0.2)
+    assert cadence.cost == pytest.approx(0.05), "the mean over saves"
+
+
+def test_a_save_costs_its_stall_at_least() -> None:
+    cadence = Cadence(policy=CheckpointPolicy(min_seconds=0.1, max_seconds=60), mtbf=100, last_save=0.0)
+    cadence.stepped(0.2, saving=False)
+    cadence.stepped(0.1, saving=True)
+    cadence.measured(stall=0.03, durable=0.2)
+    assert cadence.cost == 0.03
