@@ -21,7 +21,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Crashed
 
 from deployments.errors import GateRefused, StepError
-from deployments.workload import Workload
+from deployments.workload import INTERRUPTIONS, Workload
 from flows import requests
 from flows.curve import curve_svg
 from flows.notifications import notify
@@ -120,7 +120,7 @@ async def _close_previous(run: Run, flow_run: str) -> None:
 async def curve(run: Run, training: TrainedModel) -> None:
     """The loss with the interruptions marked."""
     attempts = run.document["attempts"]
-    cut = sum(a["cause"] not in ("", "complete") for a in attempts)
+    cut = sum(a["cause"] in INTERRUPTIONS for a in attempts)
     title = f"loss over {training.steps} steps, {len(attempts)} attempts, {cut} interruptions"
     svg = curve_svg(progress_of(training.progress), attempts, title)
     run.document["links"]["mlflow_run"] = _mlflow_run_url(run, training)
@@ -134,6 +134,12 @@ async def curve(run: Run, training: TrainedModel) -> None:
 
 def _mlflow_run_url(run: Run, training: TrainedModel) -> str:
     return f"{run.plan.place.pages['mlflow']}/#/runs/{training.run_id}"
+
+
+def _for_people(run: Run, url: str) -> str:
+    """An address in MLflow as steps have it, made one that a browser reaches."""
+    inside, outside = run.urls["mlflow"], run.plan.place.pages["mlflow"]
+    return outside + url.removeprefix(inside) if url.startswith(inside) else url
 
 
 async def _report(run: Run) -> None:
@@ -157,7 +163,9 @@ async def _report(run: Run) -> None:
         run.event("line", step="write_report", line=f"no report: {error}")
         get_run_logger().warning(f"no report: {error}")
     else:
-        run.document["links"].update(report=document["result"]["html"], report_mlflow=document["result"]["url"])
+        run.document["links"].update(
+            report=document["result"]["html"], report_mlflow=_for_people(run, document["result"]["url"])
+        )
         run.document["report_seconds"] = document["seconds"]
     run.save()
     await _links(run)
@@ -171,7 +179,7 @@ def _fill(run: Run) -> None:
     if model := results.get("register_model"):
         run.document["model_version"] = model.version
         run.document["gate"] = model.decision
-        links["model"] = model.model_url
+        links["model"] = _for_people(run, model.model_url)
     if endpoint := results.get("deploy_model"):
         run.document["endpoint"] = endpoint.url
         links["endpoint"] = endpoint.url

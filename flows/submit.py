@@ -17,7 +17,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.errors import WORDS, ConfigError, GiveUp, PreflightError, StepError, TryAgain
+from deployments.errors import WORDS, ConfigError, GiveUp, PreflightError, StepError, TryAgain, Unreachable
 from flows.cluster_deployment import register_on_cluster
 from flows.cluster_settings import ClusterSettings, load_cluster
 from flows.display import say
@@ -47,7 +47,7 @@ def submit(order: Order, *, detach: bool = False, quiet: bool = False) -> dict[s
         raise ConfigError(f"--interrupt {order.interruptions[0]}: only a laptop plays the spot market; leave it out")
     project, pipeline, sha = at_revision(order, file)
     git = _git_url(project, settings, sha)
-    prefect = Prefect(url=prefect_url(settings))
+    prefect = _answering(Prefect(url=prefect_url(settings)))
     deployment = register_on_cluster(prefect, pipeline, settings, git=git)
     flow_run = prefect.start(
         deployment,
@@ -70,6 +70,26 @@ def prefect_url(settings: ClusterSettings) -> str:
         "/api"
     )
     return outside or settings.services.prefect
+
+
+def _answering(prefect: Prefect) -> Prefect:
+    """The same, asked once. Raises Unreachable or PreflightError with what this machine needs for it."""
+    try:
+        prefect.call("POST", "/work_pools/filter", {"limit": 1})
+    except TryAgain as error:
+        said = str(error).partition("; start it")[0]
+        raise Unreachable(
+            f"{said}; from outside the cluster: kubectl -n reprise-services port-forward service/prefect 4200, and "
+            'prefect_outside = "http://127.0.0.1:4200" of [services] in cluster.toml'
+        ) from None
+    except GiveUp as error:
+        if " answered 401 " not in str(error):
+            raise
+        raise PreflightError(
+            f"Prefect at {prefect.url} wants a password; expected it in PREFECT_API_AUTH_STRING: kubectl -n reprise "
+            "get secret prefect-auth -o jsonpath='{.data.auth-string}' | base64 -d"
+        ) from None
+    return prefect
 
 
 def _git_url(project: Project, settings: ClusterSettings, sha: str) -> str:
@@ -148,7 +168,8 @@ class _Follower:
         before = {s["name"]: s["status"] for s in self.document.get("steps", ())}
         document = seen["document"]
         for step in document["steps"]:
-            if step["status"] not in ("pending", before.get(step["name"])):
+            moved = step["status"] == "cancelled" and document["status"] != "cancelled"  # its flow gets another pod
+            if step["status"] not in ("pending", before.get(step["name"])) and not moved:
                 watch("step", step)
         if document["attempts"] != self.document.get("attempts", []):
             watch("attempts", {"attempts": document["attempts"]})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.errors import ConfigError, GateRefused, GiveUp, PreflightError, StepError, TryAgain
+from deployments.errors import ConfigError, GateRefused, GiveUp, PreflightError, StepError, TryAgain, Unreachable
 from flows import submit as submit_module
 from flows.execute import Interrupted
 from flows.plan import STEPS
@@ -38,12 +38,17 @@ class Server:
         self.asked: dict[str, Any] = {}
         self.set: list[str] = []
         self.on_look = lambda: None
+        self.refusing: StepError | None = None
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         if path == "/work_pools/reprise":
             if not self.pool:
                 raise GiveUp("Prefect answered 404 to GET")
             return {"name": "reprise", "type": self.pool}
+        if path == "/work_pools/filter":
+            if self.refusing:
+                raise self.refusing
+            return []
         if path == "/deployments/":
             self.made = body
         if path.endswith("/create_flow_run"):
@@ -124,6 +129,37 @@ def test_a_commit_that_is_not_pushed_is_refused(project: Path, monkeypatch: pyte
 def test_a_pool_that_is_not_there(project: Path, monkeypatch: pytest.MonkeyPatch, pool: str, said: str) -> None:
     with pytest.raises(PreflightError, match=f"work pool 'reprise'.*{said}; expected"):
         asked(monkeypatch, Server(("RUNNING", ""), pool=pool))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        (TryAgain("Prefect at X does not answer: refused; start it: reprise up"), Unreachable, "port-forward"),
+        (GiveUp("Prefect at X answered 401 to POST"), PreflightError, "PREFECT_API_AUTH_STRING"),
+        (GiveUp("Prefect at X answered 404 to POST"), GiveUp, "answered 404"),
+    ],
+)
+def test_a_prefect_that_does_not_let_us_in(
+    project: Path, monkeypatch: pytest.MonkeyPatch, answer: StepError, kind: type[StepError], said: str
+) -> None:
+    server = Server(("RUNNING", ""))
+    server.refusing = answer
+    with pytest.raises(kind, match=said) as caught:
+        asked(monkeypatch, server)
+    assert "reprise up" not in str(caught.value)
+
+
+def test_a_step_whose_flow_is_moved_is_not_called_cancelled(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for status, shown in (("interrupted", False), ("cancelled", True)):
+        server = Server(("RUNNING", ""), ("CANCELLED", ""), document=document(status))
+        assert server.document is not None
+        server.document["steps"][0]["status"] = "cancelled"
+        monkeypatch.setattr(Prefect, "call", lambda self, *a, server=server: server.call(*a))
+        with pytest.raises(Interrupted):
+            submit(Order(place="cluster"))
+        assert ("pull_data       cancelled" in capsys.readouterr().out) is shown
 
 
 def test_no_spot_market_is_played(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
