@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,9 +61,25 @@ def test_a_training_that_cannot_run_has_no_certificate(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("processes", "elastic"), [(1, False), (2, False), (3, False), (4, False), (3, True)])
-def test_a_hundred_kills(make_spec: MakeSpec, tmp_path: Path, processes: int, elastic: bool) -> None:
-    spec = make_spec(epochs=10, params={"norm": True}, checkpoint=CheckpointPolicy(every_steps=4))
-    arguments = ["--spec", str(spec), "--kills", "25" if elastic else "100", "--processes", str(processes)]
-    arguments += ["--elastic"] if elastic else []
-    assert main([*arguments, "--output", str(tmp_path / "certificate.json")]) == 0
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("processes", "changes", "elastic"),
+    [
+        pytest.param(1, {}, False, id="1"),
+        pytest.param(2, {}, False, id="2"),
+        pytest.param(3, {}, False, id="3"),
+        pytest.param(4, {}, False, id="4"),
+        pytest.param(2, {"parallel": "fsdp"}, False, id="2-fsdp2"),
+        pytest.param(3, {}, True, id="elastic"),
+        pytest.param(2, {"accumulate": 2, "precision": "bfloat16"}, False, id="2-accumulate-bfloat16"),
+    ],
+)
+def test_25_kills_of_every_kind(
+    make_spec: MakeSpec, tmp_path: Path, processes: int, changes: dict[str, Any], elastic: bool
+) -> None:
+    spec = make_spec(epochs=10, params={"norm": True}, checkpoint=CheckpointPolicy(every_steps=4), **changes)
+    output = tmp_path / "certificate.json"
+    arguments = ["--kills", "25", "--seed", "1", "--processes", str(processes), *(["--elastic"] if elastic else [])]
+    assert main(["--spec", str(spec), *arguments, "--output", str(output)]) == 0
+    certificate = json.loads(output.read_text())
+    assert certificate["equal"] and certificate["kills"] == 25
