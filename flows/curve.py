@@ -41,7 +41,7 @@ def curve_svg(progress: list[dict[str, Any]], attempts: list[dict[str, Any]], ti
     line = " ".join(f"{x(s):.1f},{y(loss):.1f}" for s, loss in sorted(points.items()))
     parts.append(f'<polyline points="{line}" fill="none" stroke="#2563eb" stroke-width="1.8"/>')
     for attempt in attempts:
-        if attempt["cause"] in ("", "complete"):
+        if attempt["cause"] in ("", "complete", "no_capacity"):
             continue
         at = x(attempt["reached_step"])
         label = f"{attempt['cause']}, step {attempt['reached_step']}"

@@ -21,10 +21,12 @@ CAUSES = {
     "node_lost": "node lost",
     "out_of_memory": "out of memory",
     "user_error": "error",
+    "no_capacity": "no capacity",
     "cancelled": "cancelled",
     "deadline": "deadline",
     "": "running",
 }
+NO_END = ("complete", "", "no_capacity")  # nothing that ran was ended early
 STATUS = {  # status -> (words, kind)
     "succeeded": ("in service", "good"),
     "unchanged": ("unchanged", "good"),
@@ -107,7 +109,7 @@ def summary(document: Mapping[str, Any]) -> str:
         return f"{STATUS[status][0].capitalize()}{where}{': ' + message if message else ''}."
     parts = []
     trained: Mapping[str, Any] = next((s for s in document.get("steps", []) if s["name"] == "train_model"), {})
-    cut, early = interruptions(attempts), [a for a in attempts if a.get("cause") not in ("complete", "", None)]
+    cut, early = interruptions(attempts), [a for a in attempts if a.get("cause") not in (*NO_END, None)]
     if trained.get("reused"):
         parts.append("Training reused")
     elif early:
@@ -256,6 +258,8 @@ def _attempt_bars(attempts: list[Mapping[str, Any]], start: float, end: float, b
         kept = f"steps {attempt.get('from_step', 0)} to {attempt.get('to_step', 0)}"
         words = f"attempt {attempt['number']}: {CAUSES.get(cause, cause)}, {kept}"
         kind = "cut" if cause in INTERRUPTIONS else "work" if cause in ("complete", "") else "bad"
+        if cause == "no_capacity":
+            kind, words = "idle", f"attempt {attempt['number']}: {attempt.get('reason', '')}"
         bars.append(bar(float(attempt["started"]), min(ended, end), kind, words))
     return bars
 
@@ -284,7 +288,7 @@ def attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for attempt in attempts:
         cause = str(attempt.get("cause", ""))
         cut = cause in INTERRUPTIONS
-        ended_early = cause not in ("complete", "")
+        ended_early = cause not in NO_END
         mark += ended_early
         began, ended, saved = attempt.get("started"), attempt.get("ended"), attempt.get("notice_to_saved")
         rows.append(
@@ -292,18 +296,24 @@ def attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "number": attempt.get("number", len(rows) + 1),
                 "mark": mark if ended_early else 0,
                 "cause": CAUSES.get(cause, cause),
-                "kind": "cut" if cut else "good" if cause == "complete" else "warn" if cause == "" else "bad",
+                "kind": "cut" if cut else "good" if cause == "complete" else "bad" if ended_early else "warn",
                 "reason": attempt.get("reason", ""),
                 "steps": f"{attempt.get('from_step', 0)} – {attempt.get('to_step', 0)}",
                 "lost": steps_lost(attempt),
                 "idle": duration(attempt.get("idle_seconds")) if attempt.get("idle_seconds") else "–",
                 "saved": duration(saved) if saved is not None else ("no notice" if cut else "–"),
                 "length": duration(ended - began) if began and ended else "–",
-                "where": " ".join(str(attempt.get(k, "")) for k in ("capacity", "node") if attempt.get(k)) or "–",
+                "where": _where(attempt),
                 "step": int(attempt.get("reached_step", 0)),
             }
         )
     return rows
+
+
+def _where(attempt: Mapping[str, Any]) -> str:
+    """Capacity and node, and why that capacity was asked for."""
+    found = " ".join(str(attempt.get(k, "")) for k in ("capacity", "node") if attempt.get(k)) or "–"
+    return f"{found} ({attempt['asked']})" if attempt.get("asked") else found
 
 
 def comparison(evaluation: Mapping[str, Any], gate: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -383,3 +383,14 @@ def test_document_is_not_changed(document: dict[str, Any], files: dict[str, str]
     before = copy.deepcopy(document)
     render(ReportRequest(document=document, evaluation=EVALUATION, html="", **files))
     assert document == before
+
+
+def test_an_attempt_without_a_node_is_no_error_and_a_fallback_is_told() -> None:
+    attempts = [
+        attempt(1, T0, T0 + 9, "no_capacity", (0, 0, 0), reason="no node within 9 s", asked="spot first"),
+        attempt(2, T0 + 9, T0 + 20, "complete", (0, 40, 40), capacity="on-demand", node="n1", asked="got no spot node"),
+    ]
+    assert page.summary({"status": "succeeded", "attempts": attempts}).startswith("Trained without an interruption")
+    waited, done = page.attempt_rows(attempts)
+    assert (waited["cause"], waited["kind"], waited["mark"]) == ("no capacity", "warn", 0)
+    assert (waited["where"], done["where"]) == ("spot (spot first)", "on-demand n1 (got no spot node)")
