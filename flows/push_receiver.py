@@ -17,7 +17,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,9 @@ from flows.push_queue import ZERO, Push
 from flows.push_status import report_forever
 from flows.references import secret
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 8 << 20  # GitHub lists up to 2,048 commits with the names of their files: 2 to 4 MB
+LARGE_BYTES = 1 << 20
+LARGE_AT_ONCE = 4  # before the signature is checked anybody may send one: this bounds the memory
 BODY_SECONDS = 10.0
 LEAST_SECRET = 32  # bytes
 _SHA = re.compile(r"[0-9a-f]{40}")
@@ -65,7 +67,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         400: "Malformed",
         401: "Not signed with the secret",
         408: "The body took too long",
-        413: "Larger than 1 MiB",
+        413: "Larger than 8 MiB",
         415: "Not JSON",
     }.items()
 }
@@ -135,12 +137,13 @@ def make_app(
         """Whether the queues can be read, and how many pushes wait in them."""
         return {"status": "ok", "waiting": sum(len(g.target.queue.waiting()) for g in guarded)}
 
+    large = asyncio.Semaphore(LARGE_AT_ONCE)
     body = {"required": True, "content": {"application/json": {"schema": _PUSH}}}
 
     @app.post("/push", status_code=202, responses=_RESPONSES, openapi_extra={"requestBody": body})
     async def push(request: Request) -> JSONResponse:
         """A push, as the forge sends it."""
-        raw = await _body(request)
+        raw = await _body(request, large)
         ours = _signed(guarded, request.headers, raw)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -158,18 +161,22 @@ def make_app(
     return app
 
 
-async def _body(request: Request) -> bytes:
-    """The raw body, never more of it than allowed and never longer than allowed."""
+async def _body(request: Request, large: asyncio.Semaphore) -> bytes:
+    """The raw body, never more of it than allowed and never longer than allowed; few large ones at once."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > MAX_BYTES:
         raise Refused(413, "refused", f"{declared} bytes; expected at most {MAX_BYTES}")
     raw = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS), AsyncExitStack() as held:
+            waited = False
             async for chunk in request.stream():
                 raw += chunk
                 if len(raw) > MAX_BYTES:
                     raise Refused(413, "refused", f"more than {MAX_BYTES} bytes")
+                if len(raw) > LARGE_BYTES and not waited:
+                    waited = True
+                    await held.enter_async_context(large)
     except TimeoutError:
         raise Refused(408, "refused", f"the body was not there within {BODY_SECONDS:g} s") from None
     return bytes(raw)

@@ -22,7 +22,7 @@ from flows.prefect_api import Prefect
 from flows.project import Project
 from flows.push_handover import Target
 from flows.push_queue import PushQueue
-from flows.push_receiver import MAX_BYTES, Guarded, guard, make_app
+from flows.push_receiver import LARGE_AT_ONCE, MAX_BYTES, Guarded, guard, make_app
 from flows.settings import load_pipeline
 from tests.flows.push_kit import SECRET, payload, signed
 
@@ -197,6 +197,43 @@ def test_too_big_by_its_header_and_by_its_bytes(receiver: Receiver) -> None:
     assert receiver.post(chunks(), signed(big)) == (413, "refused")
     just = payload(A, B, padding="x" * (MAX_BYTES - len(payload(A, B, padding=""))))
     assert len(just) == MAX_BYTES and receiver.post(just, signed(just))[0] == 202
+
+
+def test_two_thousand_commits_as_github_lists_them(receiver: Receiver) -> None:
+    """Each with its message, people and files: megabytes, and still one push."""
+    person = {"name": "Ada Lovelace", "email": "ada@users.noreply.example.com", "username": "ada"}
+    commits = [
+        {
+            "id": f"{n:040x}", "tree_id": f"{n + 9:040x}", "distinct": True, "timestamp": "2026-11-24T12:00:00+01:00",
+            "message": f"Change {n}\n\n" + "why " * 60, "author": person, "committer": person,
+            "url": f"https://forge.example/acme/digits/commit/{n:040x}",
+            "added": [], "removed": [], "modified": [f"src/ünïcode folder/file {n}-{k}\n.py" for k in range(10)],
+        }
+        for n in range(2048)
+    ]  # fmt: skip
+    body = payload(A, B, commits=commits, head_commit=commits[-1])
+    assert len(body) > 2 << 20
+    assert receiver.post(body, signed(body)) == (202, "accepted")
+    assert len(receiver.queue.waiting()) == 1
+
+
+def test_few_large_bodies_at_once(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sends large ones slowly, unsigned, keeps other large ones waiting, and no small one."""
+    monkeypatch.setattr("flows.push_receiver.BODY_SECONDS", 1.0)
+
+    async def slow() -> Any:
+        yield b"x" * (2 << 20)
+        await asyncio.sleep(3)
+
+    async def both() -> list[int]:
+        slow_ones = [asyncio.create_task(receiver.send(slow(), {})) for _ in range(LARGE_AT_ONCE)]
+        await asyncio.sleep(0.3)
+        big, small = payload(A, B, padding="x" * (2 << 20)), payload(A, B)
+        answers = [await receiver.send(small, signed(small)), await receiver.send(big, signed(big))]
+        return [a.status_code for a in (*answers, *[await t for t in slow_ones])]
+
+    small, big, *slow_answers = asyncio.run(both())
+    assert (small, big) == (202, 200) and slow_answers == [408] * LARGE_AT_ONCE
 
 
 def test_too_slow(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
