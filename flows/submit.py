@@ -27,10 +27,12 @@ from flows.project import Project
 from flows.run_mirror import read_mirror
 from flows.start import Order, at_revision, pipeline_file
 from flows.watch import Watch
+from flows.zombies import SILENCE
 
 POLL_SECONDS = 1.0
 AWAY_SECONDS = 300.0  # that Prefect may be away while a run is followed
 WAITING_SECONDS = 20.0  # a run that no worker takes is told of
+SILENT_SECONDS = 600.0  # a lost node: until its pods are evicted, and another node is there
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _RAISED = re.compile(r"(?:Flow run encountered an exception: )?(\w+): (.*)", re.DOTALL)
 
@@ -125,6 +127,7 @@ class _Follower:
     document: dict[str, Any] = field(default_factory=dict)
     cancelled: bool = False
     told: str = ""
+    silent_since: float | None = None  # monotonic
 
     def follow(self) -> dict[str, Any]:
         """Until it ends. Ctrl-C cancels the run and goes on watching; a second one leaves it."""
@@ -133,7 +136,7 @@ class _Follower:
             while True:
                 try:
                     state = self._look(watch)
-                    if state["type"] in ENDS:
+                    if state["type"] in ENDS and not self._may_come_back(state):
                         return self._ended(state)
                     time.sleep(POLL_SECONDS)
                 except KeyboardInterrupt:
@@ -142,6 +145,17 @@ class _Follower:
                     self._cancel()
         finally:
             watch.close()
+
+    def _may_come_back(self, state: dict[str, Any]) -> bool:
+        """Whether a flow is only silent, on a node that went away: its Job starts another pod once that is sure."""
+        if state["type"] != "CRASHED" or not str(state.get("message")).startswith(SILENCE):
+            self.silent_since = None
+            return False
+        if self.silent_since is None:
+            self.silent_since = time.monotonic()
+            if not self.quiet:
+                say(f"  {state['message']} Waiting for its Job to start another pod", style="yellow")
+        return time.monotonic() - self.silent_since < SILENT_SECONDS
 
     def _look(self, watch: Watch) -> dict[str, Any]:
         """The state, after whatever is new has been shown."""

@@ -16,6 +16,7 @@ from flows.prefect_api import Prefect
 from flows.run_mirror import KIND
 from flows.start import Order
 from flows.submit import submit
+from flows.zombies import SILENCE
 from tests.flows.push_kit import git
 from tests.flows.test_cluster_settings import LEAST
 from tests.flows.test_settings import GOOD
@@ -185,6 +186,15 @@ def test_how_a_run_ends_is_how_the_command_ends(
     with pytest.raises(kind, match=said) as caught:
         asked(monkeypatch, Server(("RUNNING", ""), state, document=seen))
     assert caught.value.exit_code == kind.exit_code
+
+
+def test_a_silent_flow_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = ("CRASHED", f"{SILENCE} 90 s: its process is gone.")
+    server = Server(("RUNNING", ""), silent, silent, ("RUNNING", ""), silent, ("COMPLETED", ""), document=document())
+    assert asked(monkeypatch, server)["run"] == "digits-1"
+    monkeypatch.setattr(submit_module, "SILENT_SECONDS", 0.05)
+    with pytest.raises(TryAgain, match="its flow crashed"):
+        asked(monkeypatch, Server(silent, document=document()))
 
 
 def test_ctrl_c_cancels_and_a_second_one_leaves(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
