@@ -165,8 +165,8 @@ def services(api: KubeApi) -> Iterator[None]:
     needs_rig()
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not on the PATH: the overlay cannot be built")
-    if api.find(f"/api/v1/namespaces/{RUNS}") is not None:
-        pytest.skip(f"namespace {RUNS} is there already: this test needs one that it may remove")
+    if api.find(f"/apis/apps/v1/namespaces/{SERVICES}/deployments/prefect-server") is not None:
+        pytest.skip(f"namespace {SERVICES} is in use: this test needs one that it may remove")
     kubectl("apply", "--server-side", "-f", str(ROOT / "deployments" / "k8s" / "base" / "namespaces.yaml"))
     for namespace in (RUNS, SERVICES):
         secret(api, namespace, "prefect-auth", {"auth-string": AUTH})
@@ -176,7 +176,7 @@ def services(api: KubeApi) -> Iterator[None]:
         kubectl("-n", SERVICES, "rollout", "status", f"deployment/{name}", "--timeout=240s")
     yield
     for namespace in (RUNS, SERVICES):
-        api.delete(f"/api/v1/namespaces/{namespace}")
+        kubectl("delete", "namespace", namespace, "--timeout=120s")  # and wait: others make it anew
 
 
 @pytest.fixture(scope="module")

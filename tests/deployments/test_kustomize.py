@@ -810,11 +810,11 @@ def test_pod_security_admits_our_pods_and_refuses_the_operators_own_init_contain
     train = Workload(name="train-1", image="train", command=("python",), replicas=2, resources=Resources(shm="1Gi"))
     worker = training_job(train, place)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     serving = Serving(pipeline="digits", version="1", label="1.x", mar="/m.mar", sha256="0", golden="/h.jsonl")
-    flow = json.loads(re.sub(r'"{{ (grace_seconds) }}"', "60", json.dumps(flow_pod())))
+    values = {name: json.dumps(about.get("default")) for name, about in pool_variables().items()}
+    flow = json.loads(re.sub(r'"{{ (\w+) }}"', lambda found: values[found[1]], json.dumps(flow_pod())))
     flow["containers"][0] |= {"image": "x", "imagePullPolicy": "Always", "args": ["x"]}
     flow["containers"][0]["resources"] = {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "1Gi"}}
-    flow |= {"serviceAccountName": "reprise-flow"}
-    flow["volumes"][0]["persistentVolumeClaim"]["claimName"] = "reprise"
+    assert (flow["serviceAccountName"], flow["imagePullSecrets"]) == ("reprise-flow", [])
     for key in ("completions", "parallelism"):  # Prefect's own slip, see base/prefect.yaml
         del flow[key]
     text = (K8S / "components" / "training-operator" / "operator" / "initContainer.yaml").read_text()
