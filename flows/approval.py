@@ -56,9 +56,22 @@ async def _ask(run: Run, model: RegisteredModel, key: str, seconds: int) -> Appr
     where = run.document["links"].get("prefect", run.urls["prefect"])
     run.update(status="waiting", message=f"version {model.version} waits for approval: {where}")
     run.event("line", step="deploy_model", line=f"deploy_model: waits for approval of version {model.version}: {where}")
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(run.document["metrics"].items()))
-    what = f"**{run.plan.pipeline.name}** version {model.version}: {numbers}. [The version]({model.model_url})"
-    asked = Approval.with_initial_data(description=what)
+    asked = Approval.with_initial_data(description=question(run, model))
     if runtime.deployment.id:
         return await asuspend_flow_run(wait_for_input=asked, timeout=seconds, key=f"deploy-{key[:12]}")
     return await apause_flow_run(wait_for_input=asked, timeout=seconds, poll_interval=2, key=f"deploy-{key[:12]}")
+
+
+def question(run: Run, model: RegisteredModel) -> str:
+    """What a person needs to decide, as Markdown: the numbers, the gate's words, what is in service now."""
+    document, name = run.document, run.plan.pipeline.name
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in sorted(document["metrics"].items()))
+    serving = ((run.store.read(f"endpoints/{name}") or {}).get("serving") or {}).get("version")
+    lines = [
+        f"**{name}** version {model.version}, commit {document['git_sha'][:7]}: {numbers}.",
+        *(f"- {sentence}" for sentence in (document.get("gate") or {}).get("sentences", ())),
+        f"- in service now: {f'version {serving}' if serving else 'nothing yet'}",
+        "",
+        f"[The version in MLflow]({model.model_url})",
+    ]
+    return "\n".join(lines)
