@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 LOOK_SECONDS = 5.0  # at least that often, for what no event tells: deadlines
 TELL_SECONDS = 5.0  # a pod that waits for longer is told of
-EVENTS_SECONDS = 15.0  # how often events are asked for while it does not start and its status does not tell
+EVENTS_SECONDS = 15.0  # when events are first asked for, then more rarely, while no status tells why it does not start
 RESULT_SECONDS = 5.0  # a file on a network volume may come into sight late
 
 
@@ -86,7 +86,7 @@ class ClusterRun:
         self.feed = LogFeed(cluster.api, cluster.pod_path(""), self.container, event, on_line, folder)
         self._told, self._waiting_since, self._suspended_at = "", 0.0, 0.0
         self._old: set[str] = set()  # uids of pods from before a suspension
-        self._events_at = 0.0
+        self._events_at, self._events_every = 0.0, EVENTS_SECONDS
         self._held_by_event: Waiting | None = None
         self._rest_at = 0.0
 
@@ -223,12 +223,13 @@ class ClusterRun:
         found = next((w for p in pods if (w := waiting(p))), None)
         running = pods and all(_phase(p) != "Pending" for p in pods)
         if found is not None or running:
-            self._events_at = 0.0
+            self._events_at, self._events_every = 0.0, EVENTS_SECONDS
             return found
         now = time.monotonic()
         self._events_at = self._events_at or now + EVENTS_SECONDS
         if now > self._events_at:
-            self._events_at, self._held_by_event = now + EVENTS_SECONDS, None
+            self._events_every = min(8 * EVENTS_SECONDS, 2 * self._events_every)
+            self._events_at, self._held_by_event = now + self._events_every, None
             for about in pods or [item]:
                 kind = "Pod" if pods else ("PyTorchJob" if self.training else "Job")
                 events = self.cluster.events_about(kind, about["metadata"]["name"])

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from deployments.errors import StepError
 from deployments.kube_api import ApiStatus, KubeApi, Lines
 
+IN_ORDER_SECONDS = 6.0  # a stream that ends in order is the end of the container, mostly: its pod will tell soon
 QUIET_SECONDS = 300.0  # a log may be silent for long; the server's own limit is 4 hours
 
 
@@ -58,14 +59,18 @@ class PodLog:
                     delay = 0.2
                 if final or self._closed.is_set():
                     return
+                delay = max(delay, IN_ORDER_SECONDS)
             except ApiStatus as status:
                 if status.code == 404 or (final and status.code == 400):
                     return
             except (StepError, OSError):  # the server is away, or the stream was cut
                 if final and delay > 3:
                     return
-            self._closed.wait(delay) if final else self._ended.wait(delay)
-            delay = min(5.0, delay * 2)
+            if final:
+                self._closed.wait(delay)
+                delay *= 2
+            else:
+                delay = 0.2 if self._ended.wait(delay) else min(5.0 if delay < IN_ORDER_SECONDS else 30.0, delay * 2)
 
     def read(self, *, follow: bool) -> Iterator[str]:
         """Lines after those read so far. Raises as KubeApi.stream."""
