@@ -6,8 +6,8 @@
 
 `fetch` (init container) believes only the digest. `serve` is the pod's main process: it asks all golden requests before
 the pod may get ready, and where no repetition would help it ends with exit code 4, the reason as its last line. SIGTERM
-to TorchServe's wrapper would leave the server behind, so this one ends the server itself; before that, the pod's preStop
-has waited until nobody sends requests any more. `ready` (probe) asks one golden request: 0 if all were answered rightly
+to TorchServe's wrapper would leave the server behind, so this one ends the server itself; before that, preStop has
+waited until nobody sends requests any more. `ready` (probe) asks one golden request: 0 if all were answered rightly
 once, and this one has the right label and comes from the right version. Standard library only, because a probe starts
 every few seconds. Not covered: numbers within a tolerance, which deploy_model and check_endpoint ask for.
 """
@@ -28,13 +28,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.errors import GateRefused, GiveUp, StepError, TryAgain
+
+if TYPE_CHECKING:
+    from deployments.serving import ModelServer
 
 ASK_SECONDS = 0.5
 WRONG_ANSWERS = 3  # in a row, of a model that is loaded
 BROKEN_SECONDS = 15.0  # TorchServe starts a worker that died again: what still fails after that is the model
+WORKERS_DEAD = 3  # worker processes while loading: more of them is a loop, not bad luck
 SETTINGS = Path("/etc/torchserve")  # the ConfigMap `torchserve`, where a cluster has it
 PROVED = "proved"  # a file in the state folder: all golden requests were answered rightly since the server started
 # What a cluster may set for all models. Addresses, authorization and where models come from are not among it, and the
@@ -142,6 +146,7 @@ def serve(model: str, label: str, golden: Path, mar: Path, state: Path, *, heap:
     A model that loads and answers wrongly, or fails to load, ends the pod at once with the reason as its last line:
     the rollout need not wait for a deadline to know.
     """
+    from deployments.serving import TorchServe
     from deployments.serving_manifests import INFERENCE, METRICS
     from deployments.torchserve_launch import TorchServePorts, render_config, stop_torchserve, torchserve_command
 
@@ -160,7 +165,14 @@ def serve(model: str, label: str, golden: Path, mar: Path, state: Path, *, heap:
         signal.signal(number, lambda *_: told.set())
     server = subprocess.Popen(launch.argv, env=launch.env, cwd=launch.cwd, start_new_session=True)
     url = f"http://127.0.0.1:{INFERENCE}"
-    wrong = prove(lambda: all_ready(url, model, label, golden), state / "logs", server, told)
+    management = TorchServe(f"http://127.0.0.1:{ports.management}", url)
+    wrong = prove(
+        lambda: all_ready(url, model, label, golden),
+        lambda: workers(management, model),
+        state / "logs",
+        server,
+        told,
+    )
     if not wrong:
         (state / PROVED).touch()
     while server.poll() is None and not told.is_set() and not wrong:
@@ -173,11 +185,20 @@ def serve(model: str, label: str, golden: Path, mar: Path, state: Path, *, heap:
     return GateRefused.exit_code if wrong else code or 1
 
 
-def prove(ask: Callable[[], Answered], logs: Path, server: subprocess.Popen[bytes], told: threading.Event) -> str:
-    """Ask until all is answered rightly; "" for that (or when it is over), else what is wrong and will stay so."""
+def prove(
+    ask: Callable[[], Answered],
+    loading: Callable[[], set[int]],
+    logs: Path,
+    server: subprocess.Popen[bytes],
+    told: threading.Event,
+) -> str:
+    """Ask until all is answered rightly; "" for that (or when it is over), else what is wrong and will stay so.
+
+    `loading` gives the processes that are the model's workers now: one after another means that each one died.
+    """
     from deployments.torchserve_launch import worker_error
 
-    wrong, broken_since = 0, 0.0
+    wrong, broken_since, seen = 0, 0.0, set[int]()
     while server.poll() is None and not told.wait(ASK_SECONDS):
         answered = ask()
         if answered.right:
@@ -185,11 +206,25 @@ def prove(ask: Callable[[], Answered], logs: Path, server: subprocess.Popen[byte
         wrong = wrong + 1 if answered.loaded else 0
         if wrong >= WRONG_ANSWERS:
             return f"the model answers wrongly: {answered.text}"
-        if not answered.loaded and (error := worker_error(logs)):
+        if answered.loaded:
+            continue
+        now = loading()
+        seen |= now
+        if error := worker_error(logs):
             broken_since = broken_since or time.monotonic()
             if time.monotonic() - broken_since > BROKEN_SECONDS:
                 return f"the model does not load: {error}"
+        elif (dead := len(seen - now)) > WORKERS_DEAD:
+            return f"the model does not load: {dead} worker processes died, without a Python error in their log"
     return ""
+
+
+def workers(server: ModelServer, model: str) -> set[int]:
+    """Process ids of the model's workers; none if the server does not say."""
+    try:
+        return {pid for version in server.versions(model) for pid in version.pids}
+    except (StepError, ValueError, LookupError):
+        return set()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,6 +139,10 @@ def answers(*rows: Answered) -> Any:
     return lambda: left.pop(0) if len(left) > 1 else left[0]
 
 
+def none() -> set[int]:
+    return set()
+
+
 YET = Answered(right=False, loaded=False, text="not yet")
 WRONG = Answered(right=False, loaded=True, text="answered 1, expected 2")
 RIGHT = Answered(right=True, loaded=True, text="")
@@ -156,18 +160,21 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]
 
 def test_a_pod_proves_itself_before_it_waits(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
     told = threading.Event()
-    assert prove(answers(YET, YET, WRONG, RIGHT), tmp_path, server, told) == ""
-    assert "answers wrongly: answered 1, expected 2" in prove(answers(YET, WRONG), tmp_path, server, told)
+    assert prove(answers(YET, YET, WRONG, RIGHT), none, tmp_path, server, told) == ""
+    assert "answers wrongly: answered 1, expected 2" in prove(answers(YET, WRONG), none, tmp_path, server, told)
     (tmp_path / "model_log.log").write_text("MODEL_LOG - RuntimeError: size mismatch\n")
-    assert "does not load: RuntimeError: size mismatch" in prove(answers(YET), tmp_path, server, told)
+    assert "does not load: RuntimeError: size mismatch" in prove(answers(YET), none, tmp_path, server, told)
+    (tmp_path / "model_log.log").unlink()
+    pids = iter(range(100))
+    assert "4 worker processes died" in prove(answers(YET), lambda: {next(pids)}, tmp_path, server, told)
     told.set()
-    assert prove(answers(YET), tmp_path, server, told) == ""  # told to leave meanwhile
+    assert prove(answers(YET), none, tmp_path, server, told) == ""  # told to leave meanwhile
 
 
 def test_a_server_that_ends_by_itself_is_not_waited_for(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
     server.kill()
     server.wait()
-    assert prove(answers(YET), tmp_path, server, threading.Event()) == ""
+    assert prove(answers(YET), none, tmp_path, server, threading.Event()) == ""
 
 
 def test_a_cluster_tunes_the_server_and_opens_nothing(tmp_path: Path) -> None:
