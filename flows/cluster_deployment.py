@@ -29,6 +29,13 @@ WORKDIR = "/app"  # of the flow image
 
 def register_on_cluster(prefect: Prefect, pipeline: PipelineSettings, settings: ClusterSettings, *, git: str) -> str:
     """Create or renew the deployment; returns its id. Raises PreflightError without the pool."""
+    _check_pool(prefect, settings)
+    flow = prefect.call("POST", "/flows/", {"name": FLOW})
+    body = {"flow_id": flow["id"], **cluster_deployment(pipeline, settings, git=git)}
+    return str(prefect.call("POST", "/deployments/", body)["id"])
+
+
+def _check_pool(prefect: Prefect, settings: ClusterSettings) -> None:
     pool = prefect.find(f"/work_pools/{settings.place.work_pool}")
     if pool is None or pool.get("type") != "kubernetes":
         found = "there is none" if pool is None else f"it is of type {pool.get('type')}"
@@ -36,8 +43,25 @@ def register_on_cluster(prefect: Prefect, pipeline: PipelineSettings, settings: 
             f"work pool {settings.place.work_pool!r} of Prefect at {prefect.url}: {found}; expected one of type "
             "kubernetes with our job template: kubectl apply -k deployments/k8s/overlays/NAME makes it"
         )
-    flow = prefect.call("POST", "/flows/", {"name": FLOW})
-    body = {"flow_id": flow["id"], **cluster_deployment(pipeline, settings, git=git)}
+
+
+def register_rollback(prefect: Prefect, pipeline: PipelineSettings, settings: ClusterSettings) -> str:
+    """Create or renew the deployment `rollback/<pipeline>`; returns its id. Raises as `register_on_cluster`."""
+    _check_pool(prefect, settings)
+    flow = prefect.call("POST", "/flows/", {"name": "rollback"})
+    body = {
+        "flow_id": flow["id"],
+        "name": pipeline.name,
+        "description": f"An earlier version of `{pipeline.name}` back in service; empty: the one before.",
+        "tags": ["reprise", pipeline.name],
+        "entrypoint": "flows.rollback_flow.rollback_on_cluster",
+        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": WORKDIR}}],
+        "work_pool_name": settings.place.work_pool,
+        "job_variables": job_variables(pipeline.name, settings, git=""),
+        "parameters": {"soak": pipeline.serve.soak, "place": PLACE},
+        "concurrency_limit": 1,
+        "concurrency_options": {"collision_strategy": "ENQUEUE"},
+    }
     return str(prefect.call("POST", "/deployments/", body)["id"])
 
 

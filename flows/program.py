@@ -40,10 +40,11 @@ def run_program(run: Run, workload: Workload, step: str) -> dict[str, Any]:
         outcome = run.runner.run(workload, on_line=lambda line: run.event("line", step=step, line=line))
     finally:
         run.workload = ""
-    return _judge(outcome, step)
+    return judge(outcome, step)
 
 
-def _judge(outcome: Outcome, step: str) -> dict[str, Any]:
+def judge(outcome: Outcome, step: str) -> dict[str, Any]:
+    """The result document of a step program that did its work; raises its error otherwise."""
     document = outcome.result or {}
     if outcome.cause == "cancelled":
         raise GiveUp(f"{step}: cancelled")

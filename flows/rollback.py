@@ -13,14 +13,17 @@ from dataclasses import asdict
 from typing import Any
 
 from deployments.errors import GiveUp
+from flows.place import is_cluster
 from flows.services import ensure_services, prefect_environment, service_urls
 from flows.settings import load_pipeline
-from flows.start import Order, where
+from flows.start import Order, pipeline_file, where
 from tasks.deploy_model import RollbackRequest, roll_back
 
 
 def rollback(order: Order, to: str) -> dict[str, Any]:
     """Move the endpoint back; returns {"pipeline", "version", "url", ...}. Raises GiveUp if there is nothing."""
+    if is_cluster(order.place, pipeline_file(order).parent):
+        return _on_cluster(order, to)
     file, place, store = where(order)
     pipeline = load_pipeline(file)
     endpoint = store.read(f"endpoints/{pipeline.name}")
@@ -42,6 +45,13 @@ def rollback(order: Order, to: str) -> dict[str, Any]:
     prefect_environment(place)
     answer = asyncio.run(_flow(request, endpoint["serving"]["version"]))
     return {"pipeline": pipeline.name, "was": endpoint["serving"]["version"], **answer}
+
+
+def _on_cluster(order: Order, to: str) -> dict[str, Any]:
+    """A flow there does it (flows.rollback_flow); followed until it ends."""
+    from flows.submit import ask_for_rollback
+
+    return ask_for_rollback(order, to)
 
 
 async def _flow(request: RollbackRequest, before: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from deployments.errors import StepError
 from flows.prefect_api import Prefect
 from flows.run import Run
 
-KIND = "reprise-run"  # the artifact's type
+KIND, ANSWER = "reprise-run", "reprise-answer"  # the artifacts' types
 SECONDS = 1.0
 
 
@@ -40,18 +40,34 @@ def mirrored(run: Run, flow_run: str) -> Iterator[None]:
         run.on_event = told
 
 
+def tell(prefect: Prefect, flow_run: str, answer: dict[str, Any]) -> None:
+    """Write what a flow that is no run of a pipeline has to say. Raises TryAgain without a server."""
+    body = {"type": ANSWER, "data": json.dumps(answer), "flow_run_id": flow_run, "description": "What came of it"}
+    prefect.call("POST", "/artifacts/", body)
+
+
+def told(prefect: Prefect, flow_run: str) -> dict[str, Any]:
+    """What such a flow said, {} if nothing."""
+    found = _artifact(prefect, flow_run, ANSWER)
+    return _data(found) if found else {}
+
+
 def read_mirror(prefect: Prefect, flow_run: str) -> dict[str, Any] | None:
     """What a flow run last told, None if nothing yet. Raises TryAgain without a server."""
     found = _artifact(prefect, flow_run)
     if found is None:
         return None
-    data = found["data"]
+    return _data(found)
+
+
+def _data(artifact: dict[str, Any]) -> dict[str, Any]:
+    data = artifact["data"]
     seen: dict[str, Any] = json.loads(data) if isinstance(data, str) else data
     return seen
 
 
-def _artifact(prefect: Prefect, flow_run: str) -> dict[str, Any] | None:
-    wanted = {"flow_run_id": {"any_": [flow_run]}, "type": {"any_": [KIND]}}
+def _artifact(prefect: Prefect, flow_run: str, kind: str = KIND) -> dict[str, Any] | None:
+    wanted = {"flow_run_id": {"any_": [flow_run]}, "type": {"any_": [kind]}}
     found: list[dict[str, Any]] = prefect.call("POST", "/artifacts/filter", {"artifacts": wanted, "limit": 1})
     return found[0] if found else None
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.errors import WORDS, ConfigError, GiveUp, PreflightError, StepError, TryAgain, Unreachable
-from flows.cluster_deployment import register_on_cluster
+from flows.cluster_deployment import register_on_cluster, register_rollback
 from flows.cluster_settings import ClusterSettings, load_cluster
 from flows.display import say
 from flows.execute import Interrupted
 from flows.prefect_api import Prefect
 from flows.project import Project
-from flows.run_mirror import read_mirror
+from flows.run_mirror import read_mirror, told
+from flows.settings import load_pipeline
 from flows.start import Order, at_revision, pipeline_file
 from flows.watch import Watch
 from flows.zombies import SILENCE
@@ -63,7 +64,26 @@ def submit(order: Order, *, detach: bool = False, quiet: bool = False) -> dict[s
         say(f"{pipeline.name} at {sha[:7]} on {settings.file.name}: {page}")
     if detach:
         return {"flow_run": flow_run["id"], "pipeline": pipeline.name, "git_sha": sha, "links": {"prefect": page}}
-    return _Follower(prefect=prefect, flow_run=flow_run["id"], settings=settings, quiet=quiet).follow()
+    document = _Follower(prefect=prefect, flow_run=flow_run["id"], settings=settings, quiet=quiet).follow()
+    if not document:
+        raise TryAgain(f"the run has ended and its document did not come through Prefect: {page}")
+    return document
+
+
+def ask_for_rollback(order: Order, to: str) -> dict[str, Any]:
+    """An earlier version back in service on the order's cluster; returns what its flow says. Raises as `submit`."""
+    file = pipeline_file(order)
+    settings, pipeline = load_cluster(order.place, file.parent), load_pipeline(file)
+    prefect = _answering(Prefect(url=prefect_url(settings)))
+    flow_run = prefect.start(
+        register_rollback(prefect, pipeline, settings),
+        parameters={"to": to},
+        name=f"{pipeline.name} back to {to or 'the version before'}",
+        tags=["reprise", pipeline.name],
+        idempotency_key=str(uuid.uuid4()),
+    )
+    _Follower(prefect=prefect, flow_run=flow_run["id"], settings=settings, quiet=True).follow()
+    return told(prefect, flow_run["id"])
 
 
 def prefect_url(settings: ClusterSettings) -> str:
@@ -210,7 +230,7 @@ class _Follower:
 
     def _ended(self, state: dict[str, Any]) -> dict[str, Any]:
         """The document of a run that did what was asked; its error, with its exit code, otherwise."""
-        if state["type"] == "COMPLETED" and self.document:
+        if state["type"] == "COMPLETED":
             return self.document
         run = self.document.get("run", f"flow run {self.flow_run}")
         if state["type"] == "CANCELLED" or self.cancelled:

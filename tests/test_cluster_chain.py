@@ -67,12 +67,19 @@ class Chain:
     prefect: str
     mlflow: str
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`reprise run --place cluster`"""
-        command = [sys.executable, "-m", "flows", "run", "--place", "cluster", *arguments]
+    def start(self, *arguments: str, command: str = "run") -> subprocess.Popen[str]:
+        """`reprise run --place cluster`, or another command."""
+        argv = [sys.executable, "-m", "flows", command, "--place", "cluster", *arguments]
         env = {**os.environ, "PREFECT_API_AUTH_STRING": AUTH, "PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=self.project, env=env, text=True, **pipes)
+        return subprocess.Popen(argv, cwd=self.project, env=env, text=True, **pipes)
+
+    def reprise(self, command: str, *arguments: str) -> str:
+        """What a command prints that succeeds."""
+        process = self.start(*arguments, command=command)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, out + err
+        return out
 
     def run(self, *arguments: str) -> dict[str, Any]:
         """The document of a run that succeeds."""
@@ -365,3 +372,20 @@ def test_stock_prefect_deploy_registers_the_same(chain: Chain) -> None:
         assert until(ended, "the flow run ends", 120) == "COMPLETED"
     finally:
         del os.environ["PREFECT_API_AUTH_STRING"]
+
+
+def test_an_earlier_version_comes_back_and_the_newest_again(chain: Chain) -> None:
+    served = {str(a["model_version"]) for a in chain.predictions(chain.run(), 2)}
+    (newest,) = served
+    for back in (str(int(newest) - 1), newest):
+        before = chain.rollouts()
+        answer = json.loads(chain.reprise("rollback", "--to", back, "--json"))
+        assert answer["version"] == back and chain.rollouts() == before + 1
+        assert served_version(chain) == back
+    assert chain.run()["status"] == "unchanged", "what is in service is what the last run made"
+
+
+def served_version(chain: Chain) -> str:
+    deployment = chain.deployment()
+    assert deployment is not None
+    return str(deployment["spec"]["template"]["metadata"]["annotations"]["reprise.dev/version"])

@@ -141,7 +141,6 @@ def test_a_mistake_is_one_message_and_exit_code_2(
         ("plan",),
         ("up",),
         ("down",),
-        ("rollback",),
         ("verify-resume",),
         ("trace",),
         ("who-uses", "abc"),
