@@ -1,4 +1,4 @@
-"""Would the API server take these objects? Asked of itself, by a dry run of a server-side apply: nothing is stored.
+"""Would the API server take these objects? Asked of itself, by a dry run of their creation: nothing is stored.
 
     dry_run(connect(), [job, training, ...])      # a row an object: OK or FAIL, with the server's own words
 
@@ -13,15 +13,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from deployments.errors import GiveUp, PreflightError
-from deployments.kube_api import APPLY_PATCH, ApiStatus, KubeApi
+from deployments.kube_api import ApiStatus, KubeApi
 from deployments.preflight_findings import Finding
+from deployments.snapshot import PATIENCE, server_version
 
-MANAGER = "reprise-dry-run"
-QUERY = {"dryRun": "All", "fieldManager": MANAGER, "force": "true", "fieldValidation": "Strict"}
+QUERY = {"dryRun": "All", "fieldValidation": "Strict"}
 
 
 def dry_run(api: KubeApi, objects: Iterable[dict[str, Any]]) -> Iterator[Finding]:
-    """One row for each object. Raises Unreachable if the API server does not answer."""
+    """One row for each object. Raises Unreachable for an API server that is away, PreflightError if it refuses us."""
+    server_version(api, PATIENCE)
     plurals: dict[str, dict[str, str]] = {}
     for item in objects:
         version, kind, metadata = item["apiVersion"], item["kind"], item["metadata"]
@@ -38,11 +39,15 @@ def dry_run(api: KubeApi, objects: Iterable[dict[str, Any]]) -> Iterator[Finding
             )
             continue
         namespace = urllib.parse.quote(metadata["namespace"])
-        name = urllib.parse.quote(metadata["name"])
-        path = f"{_root(version)}/namespaces/{namespace}/{plurals[version][kind]}/{name}"
+        path = f"{_root(version)}/namespaces/{namespace}/{plurals[version][kind]}"
         try:
-            api.request("PATCH", path, query=QUERY, body=item, content_type=APPLY_PATCH, patience=10.0)
+            api.request("POST", path, query=QUERY, body=item, patience=PATIENCE)
         except (ApiStatus, GiveUp, PreflightError) as error:
+            if getattr(error, "code", 0) == 409:  # told after everything else was well
+                yield Finding(
+                    what=what, verdict="OK", found="the API server takes it; there is one of this name already"
+                )
+                continue
             said = error.message if isinstance(error, ApiStatus) else str(error)
             yield Finding(what=what, verdict="FAIL", found=" ".join(said.split()), fix=_fix(error, namespace))
         else:
@@ -56,7 +61,7 @@ def _root(version: str) -> str:
 def _plurals(api: KubeApi, version: str) -> dict[str, str]:
     """Kind -> plural, by discovery; {} for a group that is not there."""
     try:
-        found = api.request("GET", _root(version), patience=10.0).get("resources") or ()
+        found = api.request("GET", _root(version), patience=PATIENCE).get("resources") or ()
     except (ApiStatus, PreflightError):
         return {}
     return {r["kind"]: r["name"] for r in found if "/" not in r["name"]}

@@ -2,10 +2,10 @@
 
     Guard(api, place).check(manifest(workload, place))      # PreflightError, exit code 3
 
-The list of nodes comes first, and where none suits what could make one (Karpenter's NodePools, a cluster autoscaler):
-two or three requests on one connection, faster than a scheduler that gives the pod its mark. Where one suits, the rest
-is asked at once: Pod Security, quotas, limits, claims, what DaemonSets take. What has passed is believed for some
-seconds; a refusal is always from a fresh look. What may not be read refuses nothing.
+First the nodes and what could make one (Karpenter's NodePools, a cluster autoscaler): three requests at once, faster
+than a scheduler that gives the pod its mark. Where there may be a place, the rest is asked: Pod Security, quotas,
+limits, claims, what DaemonSets take. What has passed is believed for some seconds; a refusal is always from a fresh
+look. What may not be read refuses nothing.
 Not covered: what is there already, the faults that a preflight only tells of (preflight.py has every look).
 """
 
@@ -65,15 +65,11 @@ class Guard:
                 if not failures(found):
                     return _told(found)
             self._seen = None
-            taker, places = Taker(self.api, self.place, patience=self.api.patience), (look_at_places,)
-            taker.nodes()
-            if failures(self._judge(made, taker.snapshot(), places)):
-                taker.makers()
-                if waits := self._refuse(made, otherwise, taker.snapshot(), places):
-                    return waits
-                taker.ask(taker.operators, *taker.bounds())
-            else:
-                taker.ask(taker.makers, taker.operators, *taker.bounds())
+            taker = Taker(self.api, self.place, patience=self.api.patience)
+            taker.ask(taker.nodes, taker.pools, taker.autoscaler)
+            if waits := self._refuse(made, otherwise, taker.snapshot(), (look_at_places,)):
+                return waits
+            taker.ask(taker.operators, *taker.bounds())
             seen = taker.snapshot()
             if waits := self._refuse(made, otherwise, seen, LOOKS):
                 return waits

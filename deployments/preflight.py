@@ -70,34 +70,32 @@ def preflight(
 
     `save_seconds`: how long a checkpoint takes, if earlier attempts measured it.
     """
-    return list(merged(_all(snapshot, workloads, place, save_seconds)))
-
-
-def _all(
-    snapshot: Snapshot,
-    workloads: Iterable[Workload | Mapping[str, Any]],
-    place: ClusterPlace,
-    save_seconds: float | None,
-) -> Iterator[Finding]:
+    pairs: list[tuple[Case, Case | None]] = []
+    findings: list[Finding] = []
     for workload in workloads:
+        if not isinstance(workload, Workload):
+            pairs.append((case_of(workload, snapshot, place, save_seconds), None))
+            continue
         try:
-            made = manifest(workload, place) if isinstance(workload, Workload) else workload
+            made, other = manifest(workload, place), otherwise(workload, place)
         except StepError as error:
             fix = "correct it in cluster.toml or pipeline.toml"
-            yield Finding(what="manifest", verdict="FAIL", found=f"{workload.name}: {error}", fix=fix)  # type: ignore[union-attr]
+            findings.append(Finding(what="manifest", verdict="FAIL", found=f"{workload.name}: {error}", fix=fix))
             continue
-        case = case_of(made, snapshot, place, save_seconds)
-        other = otherwise(workload, place) if isinstance(workload, Workload) else None
         second = case_of(other, snapshot, place) if other is not None else None
+        pairs.append((case_of(made, snapshot, place, save_seconds), second))
+    trains = any(case.wanted.is_training for case, _ in pairs)
+    for case, second in pairs:
         for look in LOOKS:
-            found = list(look(case))
-            if look is look_at_places and second is not None and failures(found) and not failures(look(second)):
-                then = f"{'on-demand' if workload.spot else 'spot'} is asked for when it has waited"  # type: ignore[union-attr]
-                found = [_waits(f, then) if f.verdict == "FAIL" else f for f in found]
-            yield from found
+            found = list(look(replace(case, trains=trains)))
+            if look is look_at_places and second is not None and not failures(look(second)):
+                found = [_waits(f) if f.verdict == "FAIL" else f for f in found]
+            findings += found
+    return list(merged(findings))
 
 
-def _waits(finding: Finding, then: str) -> Finding:
+def _waits(finding: Finding) -> Finding:
+    then = "the other capacity (spot, on-demand) is asked for when it has waited"
     return replace(finding, verdict="WARN", found=f"{finding.found}; {then}")
 
 

@@ -93,6 +93,7 @@ class Case:
     queue: str = ""
     autoscaler: str = "look"  # as ClusterPlace.autoscaler
     save_seconds: float | None = None  # of a checkpoint, as earlier attempts measured it
+    trains: bool = True  # whether a training is among the workloads that are looked at together
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property

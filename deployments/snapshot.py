@@ -29,7 +29,7 @@ from deployments.snapshot_trim import TRIMS
 
 Json = dict[str, Any]
 FORMAT = 1
-PATIENCE = 10.0  # seconds; a preflight does not wait for a server that is away
+PATIENCE = 5.0  # seconds; a preflight does not wait for a server that is away
 PAGE = "500"
 API_GROUPS = ("kubeflow.org", "trainer.kubeflow.org", "karpenter.sh", "kueue.x-k8s.io")
 
@@ -128,12 +128,22 @@ def take(api: Reader, place: ClusterPlace, *, probes: Mapping[str, Json] | None 
         taker.definitions,
         taker.rights,
         taker.nodes,
-        taker.makers,
+        taker.pools,
+        taker.autoscaler,
         taker.operators,
         taker.services,
         *taker.bounds(),
     )
     return taker.snapshot(clock_offset=_clock_offset(api), probes=probes)
+
+
+def server_version(api: Reader, patience: float = PATIENCE) -> str:
+    """The version that it tells everybody. Raises ConfigError for a server that is no Kubernetes API."""
+    try:
+        return str(api.request("GET", "/version", patience=patience).get("gitVersion", ""))
+    except ApiStatus as status:
+        host = getattr(api, "host", "the server of the kubeconfig")
+        raise ConfigError(f"{host}: GET /version: {status}; expected a Kubernetes API, mostly https://") from None
 
 
 class Taker:
@@ -152,9 +162,12 @@ class Taker:
 
     def ask(self, *parts: Callable[[], object]) -> None:
         """All these parts at once. Raises Unreachable."""
-        with ThreadPoolExecutor(max_workers=8, thread_name_prefix="snapshot") as pool:
+        pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="snapshot")
+        try:
             for future in [pool.submit(part) for part in parts]:
                 future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def snapshot(self, *, clock_offset: float | None = None, probes: Mapping[str, Json] | None = None) -> Snapshot:
         """What has been asked for so far."""
@@ -175,8 +188,8 @@ class Taker:
         """The nodes, as they are."""
         self._list("nodes", "/api/v1/nodes")
 
-    def makers(self) -> None:
-        """What may make nodes: Karpenter's pools, and the mark that a cluster autoscaler leaves."""
+    def pools(self) -> None:
+        """Karpenter's NodePools, which make nodes."""
         try:
             versions = [v["version"] for v in self._ask("/apis/karpenter.sh").get("versions") or ()]
         except ApiStatus:
@@ -188,6 +201,9 @@ class Taker:
                 self._list("nodepools", "/apis/karpenter.sh/v1/nodepools")
             else:
                 self.unreadable["nodepools"] = f"karpenter.sh is there in {', '.join(versions)}, expected v1"
+
+    def autoscaler(self) -> None:
+        """The mark that a cluster autoscaler leaves."""
         self._one("autoscalers", "/api/v1/namespaces/kube-system/configmaps/cluster-autoscaler-status")
 
     def bounds(self) -> Iterable[Callable[[], object]]:
@@ -225,7 +241,7 @@ class Taker:
     def version_of_server(self) -> None:
         """Its version."""
         # Also where a cluster that does not answer ends the whole look.
-        self.version = str(self._ask("/version").get("gitVersion", ""))
+        self.version = server_version(self.api, self.patience)
 
     def definitions(self) -> None:
         """Which kinds are defined, of those that matter; and Kueue's queues."""

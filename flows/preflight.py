@@ -22,6 +22,7 @@ from deployments.workload import Resources, Workload
 from flows.display import say, show_json, table
 
 STEPS = ("pull_data", "register_model", "package_model", "deploy_model", "check_endpoint", "write_report")
+SHOWN = 6  # names in the last line
 ORDER = {"FAIL": 0, "WARN": 1, "OK": 2}
 
 
@@ -126,5 +127,6 @@ def show_preflight(findings: Sequence[Finding], *, as_json: bool, what: str = "c
         if warned and not failures(findings):
             say(f"it would run; {warned} {'thing' if warned == 1 else 'things'} to know")
     if failed := failures(findings):
-        names = ", ".join(dict.fromkeys(f.what for f in failed))
-        raise PreflightError(f"{len(failed)} of {len(findings)} {what} failed: {names}")
+        names = list(dict.fromkeys(f.what for f in failed))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise PreflightError(f"{len(failed)} of {len(findings)} {what} failed: {', '.join(names[:SHOWN])}{more}")

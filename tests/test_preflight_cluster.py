@@ -15,12 +15,14 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from deployments.cluster import Cluster
+from deployments.dry_run import dry_run
 from deployments.errors import GiveUp, PreflightError
 from deployments.kube_api import MERGE_PATCH, ApiStatus, KubeApi, connect
 from deployments.manifests import WORKLOAD_LABEL, ClusterPlace, manifest
@@ -34,6 +36,8 @@ Json = dict[str, Any]
 DIGEST = "@sha256:" + "a" * 64
 ROUNDS = 15
 MARK = f"preflight-{os.getpid()}"
+# Several, so that the nodes that are there anyway are further off than ours, whatever ours lack.
+OURS = {f"reprise.dev/test-{number}": MARK for number in range(4)}
 BY_SCHEDULER = {
     "taints",
     "node selector",
@@ -70,8 +74,8 @@ def place(api: KubeApi) -> Iterator[ClusterPlace]:
     yield ClusterPlace(
         namespace=name,
         images={"step": "registry.example/step" + DIGEST, "train": "registry.example/train" + DIGEST},
-        spot_selector={"karpenter.sh/capacity-type": "spot", "reprise.dev/test": MARK},
-        on_demand_selector={"karpenter.sh/capacity-type": "on-demand", "reprise.dev/test": MARK},
+        spot_selector={"karpenter.sh/capacity-type": "spot", **OURS},
+        on_demand_selector={"karpenter.sh/capacity-type": "on-demand", **OURS},
     )
     api.delete(f"/api/v1/namespaces/{name}")
 
@@ -117,7 +121,7 @@ class Nodes:
 
     def add(self, name: str, *, capacity: str = "spot", taints: list[Json] | None = None, **more: Any) -> str:
         name = f"{MARK}-{name}"
-        labels = {"karpenter.sh/capacity-type": capacity, "reprise.dev/test": MARK, **more.pop("labels", {})}
+        labels = {"karpenter.sh/capacity-type": capacity, **OURS, **more.pop("labels", {})}
         spec = {"taints": taints or [], "unschedulable": more.pop("cordoned", False)}
         make(self.api, "/api/v1/nodes", {"kind": "Node", "metadata": {"name": name, "labels": labels}, "spec": spec})
         self.capacity[name] = {"cpu": "8", "memory": "32Gi", "pods": "20", **more.pop("resources", {})}
@@ -255,7 +259,7 @@ CASES: dict[str, tuple[list[Json], Json, str]] = {
     "whole GPUs where there are slices": ([{"resources": MIG}], {}, "resources"),
     "more GPUs than a node has": ([{"resources": GPU}], {"resources": {"gpus": 2}}, "resources"),
     "more memory than a node has": ([{"resources": GPU}], {"resources": {"memory": "64Gi"}}, "resources"),
-    "no nodes of ours": ([{"resources": GPU, "labels": {"reprise.dev/test": "other"}}], {}, "node selector"),
+    "no nodes of ours": ([{"resources": GPU, "labels": dict.fromkeys(OURS, "other")}], {}, "node selector"),
 }
 
 
@@ -268,7 +272,7 @@ def test_the_preflight_and_the_scheduler_agree(name: str, api: KubeApi, place: C
     workload = training(**changes)
     found = rows(api, workload, place)
     placed, said, _ = scheduler_says(api, workload, place)
-    assert [f.what for f in found] == ([what] if what else []), found
+    assert list(dict.fromkeys(f.what for f in found)) == ([what] if what else []), found
     assert placed == (what not in BY_SCHEDULER), (said, found)
 
 
@@ -387,6 +391,7 @@ def test_it_refuses_before_the_scheduler_could_speak(
     nodes.settle()
     if image == "train" and not has_operator(api, place):
         pytest.skip("nobody acts on PyTorchJobs here: this needs the Training Operator")
+    place = replace(place, gpu_selector=OURS)
     cluster, marks = Cluster(place, api=api), Marks(api, place.namespace)
     ours, theirs, said = [], [], ""
     try:
@@ -416,6 +421,20 @@ def test_it_refuses_before_the_scheduler_could_speak(
     record_property("refusal", told)
     print(json.dumps(told))
     assert mine < other
+
+
+def test_a_dry_run_tells_what_the_server_takes_and_makes_nothing(api: KubeApi, place: ClusterPlace) -> None:
+    good = manifest(training(image="step", name="dry-1"), place)
+    unknown = manifest(training(image="step", name="dry-2"), place)
+    unknown["spec"]["paralelism"] = 1
+    elsewhere = {**good, "metadata": {**good["metadata"], "namespace": "no-such-namespace"}}
+    undefined = {"apiVersion": "example.com/v1", "kind": "Nothing", "metadata": good["metadata"]}
+    found = list(dry_run(api, [good, unknown, elsewhere, undefined]))
+    assert [f.verdict for f in found] == ["OK", "FAIL", "FAIL", "FAIL"]
+    assert 'unknown field "spec.paralelism"' in found[1].found
+    assert "not found" in found[2].found and "make namespace no-such-namespace" in found[2].fix
+    assert found[3].found == "Nothing of example.com/v1 is not defined on this cluster"
+    assert api.get(f"/apis/batch/v1/namespaces/{place.namespace}/jobs")["items"] == []
 
 
 def test_rights_are_what_the_server_says(api: KubeApi, place: ClusterPlace) -> None:
@@ -469,6 +488,7 @@ def test_the_rights_of_a_limited_account_are_told_as_they_are(api: KubeApi, plac
         limited.close()
     assert [(a["resource"], a["verb"]) for a in snapshot.access if not a["allowed"]] == [
         ("nodes", "get"),
+        ("nodes", "list"),
         ("pytorchjobs", "create"),
     ]
     assert {"nodes", "pods"} <= set(snapshot.unreadable)
