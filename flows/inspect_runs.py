@@ -74,11 +74,12 @@ def show_run(order: Order, run: str, *, as_json: bool) -> None:
                 "" if a["notice_to_saved"] is None else f"{a['notice_to_saved']:.2f} s",
                 seconds(a["idle_seconds"]),
                 seconds((a["ended"] or time.time()) - a["started"]),
-                a["reason"],
+                " ".join(filter(None, (a.get("capacity"), a.get("node")))),
+                "; ".join(filter(None, (a["reason"], a.get("asked") and f"asked for {a['capacity']}: {a['asked']}"))),
             ]
             for a in document["attempts"]
         ]
-        table(["attempt", "cause", "steps", "lost", "notice to saved", "idle", "took", "reason"], rows)
+        table(["attempt", "cause", "steps", "lost", "notice to saved", "idle", "took", "where", "reason"], rows)
     for name, value in summary(document):
         say(f"{name:<10} {value}")
 
