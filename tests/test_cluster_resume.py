@@ -18,7 +18,7 @@ from tasks.capacity import CapacityPolicy
 from tasks.train_model import TrainedModel
 from tests.cluster_trainings import NONE, NOTICE, STEPS, Bench, bench_on, uninterrupted
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 Quiet = Mapping[str, Any]
 
 
