@@ -123,6 +123,20 @@ def measure_stall(way: Way, loop: Loop, step: int) -> tuple[float, float]:
     return stall, time.perf_counter() - started
 
 
+def measured(
+    way: Way, loop: Loop, step: int, ways: list[Way], tell: Callable[[str], None]
+) -> tuple[float, float] | None:
+    """`measure_stall`; a peer that fails is told and taken out of `ways`."""
+    try:
+        return measure_stall(way, loop, step)
+    except Exception as error:
+        if isinstance(way, Reprise):
+            raise
+        tell(f"{way.name}: failed at save {step} with torch {torch.__version__} ({type(error).__name__}: {error})")
+        ways.remove(way)
+        return None
+
+
 def one_size(size: str, rounds: int, folder: Path, skip: set[str], tell: Callable[[str], None]) -> dict[str, Any]:
     """All rounds of one state size: lists by name. Ways named in `skip` are left out."""
     loop = Loop(*SHAPES[size])
@@ -133,14 +147,8 @@ def one_size(size: str, rounds: int, folder: Path, skip: set[str], tell: Callabl
     ways = make_ways(loop.model, loop.optimizer, folder, skip, tell)
     with closing_all([*ways]):
         for way in [*ways]:  # the first save of each allocates and spawns
-            try:
-                measure_stall(way, loop, 0)
-                way.clean(0)
-            except Exception as error:  # a peer's own; it is told and left out
-                if isinstance(way, Reprise):
-                    raise
-                tell(f"{way.name}: failed ({type(error).__name__}: {error})")
-                ways.remove(way)
+            measured(way, loop, 0, ways, tell)
+            way.clean(0)
         reprise = next(way for way in ways if type(way) is Reprise)
         for number in range(1, rounds + 1):
             order = ways[number % len(ways) :] + ways[: number % len(ways)]
@@ -148,7 +156,9 @@ def one_size(size: str, rounds: int, folder: Path, skip: set[str], tell: Callabl
             copies = []
             for way in order:
                 copies.append(seconds(memcpy))
-                stall, durable = measure_stall(way, loop, number)
+                if (figures := measured(way, loop, number, ways, tell)) is None:
+                    continue
+                stall, durable = figures
                 copies.append(seconds(memcpy))
                 stalls[way.name].append(stall)
                 durables[way.name].append(durable)
