@@ -38,6 +38,7 @@ def test_our_own_watch_finds_it(project: Project) -> None:
     project.wait(flow_run, "Completed", seconds=200)
     document = project.document(flow_run)
     assert (document["status"], document["resumed"]) == ("succeeded", 1)
+    assert [a["cause"] for a in document["attempts"]] == ["complete"], "it went on, and its end is told"
     assert len(project.versions()) == versions + 1
 
 
@@ -56,4 +57,5 @@ def test_prefects_own_automation_finds_it(project: Project) -> None:
     project.wait(flow_run, "Completed", seconds=200)
     document = project.document(flow_run)
     assert (document["status"], document["resumed"]) == ("succeeded", 1)
+    assert [a["cause"] for a in document["attempts"]] == ["complete"], "it went on, and its end is told"
     assert len(project.versions()) == versions + 1
