@@ -34,7 +34,7 @@ def deploy_pipeline(*, pipeline: str, place: str, render_only: bool, as_json: bo
         return
     deployment = register(loaded, settings)
     if not isinstance(settings, ClusterSettings):
-        ensure_serving(file, settings)
+        ensure_serving(file, settings)  # it runs now: the pipeline is registered
     url = f"{prefect_of(settings).url}/deployments/deployment/{deployment}"
     schedule = loaded.schedule
     timed = f"{schedule.cron} {schedule.timezone}{' (paused)' if schedule.paused else ''}" if schedule.cron else "none"
@@ -49,12 +49,16 @@ def deploy_pipeline(*, pipeline: str, place: str, render_only: bool, as_json: bo
 
 
 def ensure_serving(file: Path, place: PlaceSettings) -> bool:
-    """Start the worker if the pipeline is registered; whether it runs."""
-    from flows.prefect_api import Prefect
-    from flows.serve import ensure_worker
-    from flows.services import service_urls
+    """Install the watch over heartbeats, and start the worker if the pipeline is registered; whether it runs.
 
-    return ensure_worker(file, load_pipeline(file).name, place, Prefect(url=service_urls(place)["prefect"]))
+    The watch also where stock `prefect deploy` has registered it. Raises TryAgain without a server.
+    """
+    from flows.serve import ensure_worker
+    from flows.triggers import install_automation, prefect_of
+
+    prefect = prefect_of(place)
+    install_automation(prefect)
+    return ensure_worker(file, load_pipeline(file).name, place, prefect)
 
 
 def stop_serving(place: PlaceSettings) -> list[str]:
