@@ -90,6 +90,7 @@ def spec_of(
         compile=settings.compile,
         parallel=settings.parallel,
         threads=settings.threads,
+        profile=settings.profile,
         params=dict(settings.params),
         checkpoint=CheckpointPolicy(
             min_seconds=policy.min_interval,

@@ -111,6 +111,7 @@ class TrainSettings(Section):
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     threads: Count = 1
+    profile: bool = False  # record some steps: a trace and a verdict; looking decides nothing, so no step key knows it
     interruptions: CountOrZero = 20  # budget of interruptions
     errors: CountOrZero = 2  # budget of errors
     deadline: Duration = 86400.0

@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from training.verdict import FILE, TRACE
+
 WAIT, WARMUP, ACTIVE = 5, 3, 10  # steps: until the pace has settled, until the profiler has, recorded
 PREFIX = "reprise."
 STEP = PREFIX + "step"
@@ -140,9 +142,9 @@ class StepProfile:
         if self.verdict is not None:
             aside = self.folder / "trace.aside.json.gz"
             profiler.export_chrome_trace(str(aside))
-            os.replace(aside, self.folder / "trace.json.gz")
+            os.replace(aside, self.folder / TRACE)
         told = asdict(self.verdict) if self.verdict else {"sentence": "too few steps to profile"}
-        (self.folder / "verdict.json").write_text(json.dumps(told, indent=1) + "\n")
+        (self.folder / FILE).write_text(json.dumps(told, indent=1) + "\n")
 
     def _guarded(self, work: Any) -> None:
         try:

@@ -60,6 +60,7 @@ class Training:
     complete: bool = False  # the checkpoint that was loaded is the last one
     saving: int | None = None  # the step of the save that is not known to be durable
     step_seconds: float = 0.0  # the last step
+    data_seconds: float = 0.0  # of it, fetching samples
     warned: bool = False
 
     @property

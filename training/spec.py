@@ -63,8 +63,9 @@ class TrainSpec:
     data_digest: str = ""
     mlflow_uri: str = ""  # empty: no metrics server
     mlflow_run: str = ""  # the one MLflow run of this training, through all attempts
-    progress: str = ""  # file that rank 0 appends JSON lines to: {"step", "max_steps", "epoch", "loss", "time"}
+    progress: str = ""  # file that rank 0 appends JSON lines to: {"step", "loss", "data_seconds", "time", ...}
     attempt: int = 1
+    profile: bool = False  # record some steps with torch.profiler: output/profile; the weights are the same
 
     def to_json(self) -> str:
         """The spec as JSON, sorted, for a file."""

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from training.evaluate import to_device
 from training.finish import finish
 from training.interruption import LEAVE_WITHIN, Interruption, die_with_agent, end, write_status
 from training.model import BadModule
+from training.profile import StepProfile
 from training.progress import PACE, Progress
 from training.random_state import RandomState
 from training.reduction import PeerLost, is_lost_peer
@@ -38,6 +40,7 @@ from training.spec import (
     TrainSpec,
     read_spec,
 )
+from training.verdict import FOLDER
 from training.workers import Workers, join, make_exact
 
 METRICS_PATIENCE = 20.0  # seconds to wait at the end for a metrics server that is away
@@ -53,12 +56,22 @@ def train(training: Training) -> bool:
     forward = torch.compile(training.model) if spec.compile else training.model
     training.model.train()
     training.since = time.monotonic()
+    profiled = spec.profile and training.workers.rank == 0
+    with StepProfile(Path(spec.output) / FOLDER, training.workers.device, enabled=profiled) as profile:
+        complete = steps(training, forward, profile)
+    if complete and not training.complete:
+        save_now(training, complete=True)
+    return complete
+
+
+def steps(training: Training, forward: Any, profile: StepProfile) -> bool:
+    """The loop itself. False after an agreed interruption, which is saved."""
     pace, first = float(os.environ.get(PACE, "0")), True
     while training.step < training.max_steps:
         began = time.monotonic()
         saving = training.saving is not None
         due = training.cadence.due(training.step + 1, began, busy=saving)
-        loss, save, stop = gradients(training, forward, due=due)
+        loss, save, stop = gradients(training, forward, profile, due=due)
         training.checkpointer.wait_staged()  # the copy of the weights that are about to change
         training.optimizer.step()
         if training.scheduler is not None:
@@ -73,6 +86,7 @@ def train(training: Training) -> bool:
         if save:
             save_later(training)
         training.step_seconds = time.monotonic() - began
+        profile.step()
         if first:  # off the path from a kill to the first new step, and off the first save
             training.checkpointer.prepare(training.state)
             first = False
@@ -80,17 +94,16 @@ def train(training: Training) -> bool:
             training.cadence.stepped(training.step_seconds, saving=saving or training.saving is not None)
         if pace > training.step_seconds:
             time.sleep(pace - training.step_seconds)
-    if not training.complete:
-        save_now(training, complete=True)
     return True
 
 
-def gradients(training: Training, forward: Any, *, due: bool) -> tuple[float, bool, bool]:
+def gradients(training: Training, forward: Any, profile: StepProfile, *, due: bool) -> tuple[float, bool, bool]:
     """Every shard's forward and backward, summed: (loss of the global batch, all save now, all stop now)."""
     spec, device, sums = training.spec, training.workers.device, training.sums
     swap = len(sums.mine) > 1
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.precision == "bfloat16")
     extras = []
+    training.data_seconds = 0.0
     sums.begin_step()
     for position, shard in enumerate(sums.mine):
         if swap:
@@ -98,7 +111,10 @@ def gradients(training: Training, forward: Any, *, due: bool) -> tuple[float, bo
         sums.begin_shard(position)
         total = torch.zeros((), device=device)
         for indices in training.sampler.micro_batches(training.step, shard):
-            inputs, targets = fetch(training.data, indices)
+            asked = time.perf_counter()
+            with profile.part("data"):
+                inputs, targets = fetch(training.data, indices)
+            training.data_seconds += time.perf_counter() - asked
             with autocast:
                 loss = training.user.loss(forward(to_device(inputs, device)), to_device(targets, device))
             part = loss * (len(indices) / spec.batch_size)
@@ -119,7 +135,14 @@ def gradients(training: Training, forward: Any, *, due: bool) -> tuple[float, bo
 def tell(training: Training, *, always: bool) -> None:
     """Progress and metrics of the step that was just taken."""
     step, loss, epoch = training.step, training.loss or 0.0, training.sampler.epoch(training.step - 1)
-    training.progress.step(step=step, max_steps=training.max_steps, epoch=epoch, loss=loss, always=always)
+    training.progress.step(
+        step=step,
+        max_steps=training.max_steps,
+        epoch=epoch,
+        loss=loss,
+        data_seconds=training.data_seconds,
+        always=always,
+    )
     if training.metrics is not None:
         rate = float(training.optimizer.param_groups[0]["lr"])
         training.metrics.log(step, {"train_loss": loss, "learning_rate": rate})

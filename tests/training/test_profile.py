@@ -5,12 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from training.profile import Span, StepProfile, judge
+from training.progress import Progress
+from training.spec import TrainResult
+from training.train import main
+from training.verdict import sentence_of
 
 CPU = torch.device("cpu")
 
@@ -73,7 +79,7 @@ def test_real_steps_that_wait_for_data_are_told_and_stay_the_same_to_the_bit(tmp
     with StepProfile(tmp_path / "profile", CPU, enabled=False) as off:
         plain = loop(off, 12)
     with StepProfile(tmp_path / "profile", CPU, enabled=True, wait=2, warmup=1, active=4) as profile:
-        profiled = loop(profile, 12, wait=0.02)
+        profiled = loop(profile, 12, wait=0.08)
     assert torch.equal(plain, profiled)
     verdict = json.loads((tmp_path / "profile" / "verdict.json").read_text())
     assert verdict["steps"] == 4
@@ -101,6 +107,46 @@ def test_a_profiler_that_fails_does_not_fail_the_training(tmp_path: Path, capsys
     with StepProfile(tmp_path / "file" / "below", CPU, enabled=True, wait=1, warmup=1, active=2) as profile:
         loop(profile, 8)
     assert "no profile: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_profiled_training_gives_the_same_weights_and_a_verdict(
+    shards: int, make_spec: Callable[..., Path], read_lines: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    found = {}
+    for profiled in (False, True):
+        spec_file = make_spec(f"profiled-{profiled}", profile=profiled, shards=shards, epochs=4, params={"norm": True})
+        assert main(["--spec", str(spec_file)]) == 0
+        result = TrainResult.read(spec_file.parent / "output" / "result.json")
+        found[profiled] = (result.weights_sha256, result.optimizer_sha256, result.order_sha256)
+        folder = spec_file.parent / "output" / "profile"
+        assert folder.exists() == profiled
+        assert bool(sentence_of(spec_file.parent / "output")) == profiled
+        lines = [line for line in read_lines(spec_file) if "loss" in line]
+        assert lines and all(line["data_seconds"] >= 0 for line in lines)
+    assert found[True] == found[False]
+    verdict = json.loads((folder / "verdict.json").read_text())
+    assert verdict["steps"] == 10 and verdict["gpu_busy"] is None
+    with gzip.open(folder / "trace.json.gz", "rt") as trace:
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert "reprise.data" in names and any("addmm" in str(name) for name in names)
+
+
+def test_fetching_is_told_by_the_line(tmp_path: Path) -> None:
+    progress = Progress(str(tmp_path / "progress.jsonl"))
+    for step in range(1, 4):  # the second falls between two lines
+        progress.step(step=step, max_steps=3, epoch=0, loss=1.0, data_seconds=0.25, always=step == 3)
+    progress.close()
+    lines = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["data_seconds"]) for line in lines] == [(1, 0.25), (3, 0.5)]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_verdict_that_is_none_is_no_verdict(text: str, tmp_path: Path) -> None:
+    (tmp_path / "profile").mkdir()
+    assert sentence_of(tmp_path) == ""
+    (tmp_path / "profile" / "verdict.json").write_text(text)
+    assert sentence_of(tmp_path) == ""
 
 
 @pytest.mark.gpu
