@@ -574,6 +574,22 @@ def test_a_pod_on_a_dead_node_is_given_up(kube: KubeFake, cluster: Cluster) -> N
 # --- logs, and what it costs
 
 
+def test_a_log_that_ended_in_order_is_asked_for_once_more_at_the_end(kube: KubeFake, cluster: Cluster) -> None:
+    def controllers(job: Json) -> None:
+        kube.logs[f"{NAME}-abcde"] = ["2026-01-01T00:00:00.1Z a"]
+        pod = kube.pod_for(job)["metadata"]["name"]
+        kube.wait(lambda: kube.count("GET", "/log") == 1)
+        time.sleep(1.5)
+        kube.logs[pod].append("2026-01-01T00:00:00.2Z late")
+        kube.end_pod(pod, 0)
+        kube.condition(JOBS, NAME, "Complete")
+
+    kube.on_create[JOBS] = controllers
+    lines: list[str] = []
+    assert cluster.run(step(), on_line=lines.append).cause == "complete"
+    assert lines == ["a", "late"] and kube.count("GET", "/log") == 2
+
+
 def test_a_log_that_is_cut_resumes_without_losing_or_repeating_a_line(kube: KubeFake, cluster: Cluster) -> None:
     run = Background(cluster, step())
     job = kube.wait(lambda: kube.has(JOBS, NAME) and kube.get(JOBS, NAME))
