@@ -13,32 +13,28 @@ random states: `CheckpointInfo.per_rank` gives them all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from training.agreement import Agreement
 from training.checkpoint_audit import main, newest_complete, verify
+from training.checkpoint_copy import Copying
 from training.checkpoint_info import CheckpointInfo, Skipped, p95
 from training.checkpoint_load import IdentityMismatch, Verified, take, verify_for
-from training.checkpoint_plan import Structure, plan_save, structure_of
 from training.checkpoint_store import CheckpointWriteError, Store, open_store
 from training.checkpoint_writer import CheckpointWriter, Job
-from training.device_staging import DeviceStaging
 from training.manifest import DamagedCheckpoint, Manifest
-from training.shard_file import Layout
-from training.staging import HostStaging, Sources, Staging
+from training.staging import OtherShape
 from training.state_codec import frozen
 from training.state_tree import FlatState, StateMismatch
-from training.state_walk import StateWalk
 
 __all__ = [
     "CheckpointInfo",
@@ -57,16 +53,6 @@ __all__ = [
 
 class NoGoodCheckpoint(RuntimeError):
     """There were checkpoints and every one is damaged. Never answered by starting at step 0 in silence."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Which parts of which tensors this rank writes; valid while the state's structure stays the same."""
-
-    structure: Structure
-    layout: Layout
-    staging: Staging
-    copied: frozenset[str]  # keys that do not hold still until the optimizer's step, or are not plain tensors
 
 
 class Checkpointer:
@@ -99,9 +85,9 @@ class Checkpointer:
         # Directories of one step sort by attempt: time first, then something that no other attempt has.
         self._token = self._agreement.first(f"{time.time_ns() // 1_000_000:012x}{os.urandom(2).hex()}")
         self._count = 0
-        self._walk = StateWalk()
-        self._plan: _Plan | None = None
+        self._copying = Copying(self._agreement)
         self._job: Job | None = None
+        self._flat: FlatState | None = None  # of that job, until it is staged
         self._pending_stall: float | None = None
 
     # -- saving -----------------------------------------------------------------------------------------------------
@@ -124,29 +110,48 @@ class Checkpointer:
         self.wait_staged()
         self._raise_failure()
         told = json.dumps(meta)  # a copy, and the caller's mistake belongs to the caller's line
-        flat = self._walk.flatten(state)
-        plan = self._planned(flat)
+        flat, layout = self._copying.flatten(state, self._until_idle)
         metadata: dict[str, Any] = {"rank": self.rank, "per_rank": frozen(dict(per_rank), "per_rank")}
         if self.rank == 0:
             metadata |= {"objects": flat.objects, "aliases": flat.aliases}
         self._count += 1
         job = Job(
             step=step,
-            name=f"step-{step:010d}-{self._token}-{self._count:04d}",
+            name=self._name(step),
             complete=complete,
             metadata=metadata,
             meta_json=told,
             per_rank=dict(per_rank),
-            layout=plan.layout,
+            layout=layout,
             started=started,
             durable=Future(),
         )
-        # Last, because it wakes the thread that copies.
-        job.snapshot.set_result(plan.staging.start(self._sources(flat, plan), partial(self._writer.write, job)))
-        self._job = job
+        self._start(job, flat)
         self._pending_stall = time.perf_counter() - started
         if blocking:
             self.wait_staged()
+
+    def _start(self, job: Job, flat: FlatState) -> None:
+        self._job, self._flat = job, flat
+        # last, because it wakes the thread that copies
+        job.snapshot.set_result(self._copying.start(flat, partial(self._writer.write, job)))
+
+    def _start_anew(self) -> None:
+        """The plan did not fit after all: parameters have taken another shape or type in place (`module.half()`) since
+        the save before, which only the copying thread looks at. They have not changed since the call of `save`."""
+        job, flat = self._job, self._flat
+        assert job is not None and flat is not None
+        self._until_idle()
+        with contextlib.suppress(ValueError):
+            self._writer.failures.remove(cast(BaseException, job.durable.exception()))
+        layout = self._copying.plan_anew(flat, self._until_idle)
+        self._count += 1
+        job = replace(job, name=self._name(job.step), layout=layout, durable=Future(), snapshot=Future())
+        self._start(job, flat)
+        job.snapshot.result().wait()
+
+    def _name(self, step: int) -> str:
+        return f"step-{step:010d}-{self._token}-{self._count:04d}"
 
     def wait_staged(self) -> float:
         """Wait until the state may change. Returns the seconds that the last save has stalled the caller: the call
@@ -155,7 +160,11 @@ class Checkpointer:
             return 0.0
         stall, self._pending_stall = self._pending_stall, None
         started = time.perf_counter()
-        self._job.snapshot.result().wait()
+        try:
+            self._job.snapshot.result().wait()
+        except OtherShape:
+            self._start_anew()
+        self._flat = None
         stall += time.perf_counter() - started
         self.stall_seconds.append(stall)
         self._job.stall_index = len(self.stall_seconds) - 1
@@ -165,9 +174,8 @@ class Checkpointer:
         """Wait until the last save is committed, or raise what it or one before it failed with (once). None when
         nothing was saved."""
         self.wait_staged()
+        self._until_idle()
         job = self._job
-        if job is not None:
-            wait([job.durable])
         self._raise_failure()
         return job.durable.result() if job is not None else None
 
@@ -182,9 +190,7 @@ class Checkpointer:
             self.wait_durable()
         finally:
             self._writer.close()
-            if self._plan is not None:
-                self._plan.staging.close()
-                self._plan = None
+            self._copying.close()
 
     def _raise_failure(self) -> None:
         if self._writer.failures:
@@ -195,46 +201,11 @@ class Checkpointer:
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Plan and allocate now what the first save would plan and allocate. Collective; call it when the optimizer
         has its state (after a load, or after the first step)."""
-        self._planned(self._walk.flatten(state))
+        self._copying.flatten(state, self._until_idle)
 
-    def _planned(self, flat: FlatState) -> _Plan:
-        structure = structure_of(flat)
-        if self._plan is not None and self._plan.structure == structure:
-            return self._plan
+    def _until_idle(self) -> None:
         if self._job is not None:
             wait([self._job.durable])
-        if self._plan is not None:
-            self._plan.staging.close()
-            self._plan = None
-        layout = plan_save(flat, self.rank, self._agreement.gather)
-        self._plan = _Plan(
-            structure=structure,
-            layout=layout,
-            staging=self._staging(layout, flat),
-            copied=frozenset(k for k, t in flat.tensors.items() if k not in flat.steady or hasattr(t, "to_local")),
-        )
-        return self._plan
-
-    def _staging(self, layout: Layout, flat: FlatState) -> Staging:
-        devices = {tensor.device for tensor in flat.tensors.values() if tensor.device.type != "cpu"}
-        if not devices:
-            return HostStaging(layout)
-        if len(devices) > 1 or any(device.type != "cuda" for device in devices):
-            raise TypeError(f"state on {', '.join(map(str, devices))}: one CUDA device per rank is supported")
-        return DeviceStaging(layout, devices.pop())
-
-    def _sources(self, flat: FlatState, plan: _Plan) -> Sources:
-        """This rank's parts as local tensors; those that do not hold still until the optimizer's step as copies."""
-        tensors, copied = flat.tensors, plan.copied
-        sources = [(piece, tensors[piece.key]) for piece in plan.layout.pieces]
-        if not copied:
-            return sources
-        with torch.no_grad():
-            for i, (piece, tensor) in enumerate(sources):
-                if piece.key in copied:
-                    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                    sources[i] = (piece, local if piece.key in flat.steady else local.detach().clone())
-        return sources
 
     # -- loading ----------------------------------------------------------------------------------------------------
 

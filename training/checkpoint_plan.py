@@ -29,10 +29,11 @@ Gather = Callable[[str, Any], list[Any]]
 Structure = tuple[list[str], list[torch.Size], list[torch.dtype], list[torch.device]]
 
 
-def structure_of(flat: FlatState) -> Structure:
-    """Equal for two states that the same plan fits. Lists, not a hash: this runs in every save, on the loop's time."""
-    live = list(flat.tensors.values())
-    return list(flat.tensors), [t.shape for t in live], [t.dtype for t in live], [t.device for t in live]
+def structure_of(flat: FlatState, start: int = 0) -> Structure:
+    """Equal for two states that the same plan fits, of the tensors from number `start` on. Lists, not a hash: this runs
+    in every save, on the loop's time."""
+    live = list(flat.tensors.values())[start:]
+    return list(flat.tensors)[start:], [t.shape for t in live], [t.dtype for t in live], [t.device for t in live]
 
 
 def plan_save(flat: FlatState, rank: int, gather: Gather) -> Layout:

@@ -27,6 +27,10 @@ BLOCK = 4 << 20  # bytes per memmove: two threads share one tensor, and a block 
 Sources = Sequence[tuple[Piece, torch.Tensor]]
 
 
+class OtherShape(Exception):
+    """A tensor is not of the shape, type or device that the layout was made for."""
+
+
 def be_modest() -> None:
     """The calling thread does not push the training's threads off a processor when it wakes up."""
     with contextlib.suppress(OSError, AttributeError):
@@ -34,16 +38,18 @@ def be_modest() -> None:
 
 
 class Arena:
-    """`nbytes` of page-aligned memory, touched once so that later copies meet no page faults."""
+    """`nbytes` of page-aligned memory, touched once so that later copies meet no page faults, unless it is not used
+    again."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, touched: bool = True) -> None:
         self.nbytes = nbytes
         self._pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
         with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages copies a little slower
             self._pages.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._pages)[:nbytes]
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
-        ctypes.memset(self.address, 0, nbytes)
+        if touched:
+            ctypes.memset(self.address, 0, nbytes)
 
     def tensor(self) -> torch.Tensor:
         """The memory as a uint8 tensor of shape (nbytes,), sharing it."""
@@ -61,7 +67,8 @@ class Snapshot(Protocol):
     """One copy of the state on its way."""
 
     def wait(self) -> None:
-        """For the training thread: returns when the state may change, or raises what went wrong."""
+        """For the training thread: returns when the state may change, or raises what went wrong (OtherShape: nothing
+        was copied)."""
 
     def chunks(self) -> Iterator[memoryview]:
         """For the writer: the copy in the file's order, each part once it is there."""
@@ -131,7 +138,11 @@ class HostSnapshot:
 
     def begin(self) -> None:
         """The memory is free: copying may start, by this thread and whoever waits."""
-        blocks = _blocks(self._staging, self._sources)
+        blocks: Sequence[Callable[[], object]] = ()
+        try:
+            blocks = _blocks(self._staging, self._sources)
+        except Exception as error:  # handed to whoever waits
+            self._error = error
         self._left, self._blocks = len(blocks), iter(blocks)
         self._begun.set()
         if not blocks:
@@ -179,10 +190,14 @@ class HostSnapshot:
 
 
 def _blocks(staging: HostStaging, sources: Sources) -> Sequence[Callable[[], object]]:
-    """The copy as many independent calls."""
+    """The copy as many independent calls. Raises OtherShape."""
     base, move = staging.arena.address, ctypes.memmove
     blocks: list[Callable[[], object]] = []
     for piece, tensor in sources:
+        if tensor.shape != piece.shape or tensor.dtype != piece.dtype or not tensor.is_cpu:
+            raise OtherShape(
+                f"{piece.key}: {list(tensor.shape)} {tensor.dtype}; {list(piece.shape)} {piece.dtype} is planned"
+            )
         if not tensor.is_contiguous():
             blocks.append(partial(_copy_strided, staging.flat, piece, tensor))
             continue

@@ -32,6 +32,15 @@ class Encoded:
     json: Any
 
 
+@dataclass(slots=True)
+class _Bytes:
+    """A tensor's content."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    data: bytes
+
+
 def frozen(value: Any, where: str = "state") -> Any:
     """What `encode` may be given later, on another thread: a copy of whatever could change until then.
 
@@ -41,7 +50,7 @@ def frozen(value: Any, where: str = "state") -> Any:
     if type(value) is dict:
         return {key: frozen(item, f"{where}.{key}") for key, item in value.items()}
     if type(value) is torch.Tensor:
-        return value.detach().clone()
+        return _Bytes(value.dtype, value.shape, tensor_bytes(value))
     return Encoded(encode(value, where))
 
 
@@ -50,8 +59,8 @@ _CONSTANT = {type(None), bool, int, float, str, bytes}
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The raw bytes of a tensor, row-major, wherever it lives."""
-    flat = tensor.detach().cpu().contiguous()
-    return ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size()) if flat.numel() else b""
+    flat = tensor if tensor.is_cpu and tensor.is_contiguous() else tensor.detach().cpu().contiguous()
+    return ctypes.string_at(flat.data_ptr(), flat.nbytes) if flat.nbytes else b""
 
 
 def encode(value: Any, where: str = "state") -> Any:
@@ -69,7 +78,9 @@ def encode(value: Any, where: str = "state") -> Any:
     if isinstance(value, (bytes, bytearray)):
         return {"__bytes__": base64.b64encode(value).decode()}
     if isinstance(value, torch.Tensor):
-        data = base64.b64encode(tensor_bytes(value)).decode()
+        value = _Bytes(value.dtype, value.shape, tensor_bytes(value))
+    if isinstance(value, _Bytes):
+        data = base64.b64encode(value.data).decode()
         return {"__tensor__": [str(value.dtype).removeprefix("torch."), list(value.shape), data]}
     if isinstance(value, dict):
         return _encode_dict(value, where)

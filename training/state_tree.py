@@ -30,6 +30,8 @@ class FlatState:
     steady: set[str] = field(default_factory=set)
     objects: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # tied name -> the name it is stored under
+    walk: object = None  # equal in two states whose first `familiar` tensors are the very same objects
+    familiar: int = 0
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

@@ -38,6 +38,7 @@ class StateWalk:
         if _can_be_known(state, flat):
             self._known = _Known(state, flat)
             flat.tensors = {name: flat.tensors[name] for name in self._known.names} | flat.tensors
+            flat.walk, flat.familiar = self._known, len(self._known.names)
         return flat
 
 
@@ -121,7 +122,14 @@ class _Known:
             return None
         tensors = dict(zip(self.names, [found[place] for place in self.places], strict=True))
         objects = {name: self._values(name, value, tensors) for name, value in state.items()}
-        return FlatState(tensors=tensors, steady=self.steady, objects=objects, aliases=self.aliases)
+        return FlatState(
+            tensors=tensors,
+            steady=self.steady,
+            objects=objects,
+            aliases=self.aliases,
+            walk=self,
+            familiar=len(self.names),
+        )
 
     def _values(self, name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         if isinstance(value, torch.nn.Module):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load
 
 from training.shard_file import PAD, Layout, Piece, lay_out, read_header, tensor_in
-from training.staging import BLOCK, HostStaging, Sources
+from training.staging import BLOCK, HostStaging, OtherShape, Sources
 
 
 def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[Layout, Sources]:
@@ -77,12 +77,13 @@ def test_the_next_copy_waits_until_the_memory_is_free() -> None:
 def test_what_goes_wrong_in_the_copy_is_raised_to_whoever_waits() -> None:
     layout, _ = layout_of({"a": torch.zeros(10)})
     staging = HostStaging(layout)
-    snapshot = staging.start([(layout.pieces[0], torch.zeros(20)[::4])], int)  # strided, and of another shape
-    with pytest.raises(RuntimeError, match="size"):
-        snapshot.wait()
-    with pytest.raises(RuntimeError, match="size"):
-        list(snapshot.chunks())
-    snapshot.release()
+    for other in (torch.zeros(20)[::4], torch.zeros(10, dtype=torch.int32), torch.zeros(10, device="meta")):
+        snapshot = staging.start([(layout.pieces[0], other)], int)
+        with pytest.raises(OtherShape, match=r"^a: "):
+            snapshot.wait()
+        with pytest.raises(OtherShape):
+            list(snapshot.chunks())
+        snapshot.release()
     staging.close()
 
 
