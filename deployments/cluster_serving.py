@@ -147,8 +147,7 @@ class Rollouts:
             {"dryRun": "All"} if dry else {}
         )
         name = item["metadata"]["name"]
-        if "replicas" in item.get("spec", {}) and (scaler := self._scaler(name)):
-            assert scaler != MANAGER
+        if "replicas" in item.get("spec", {}) and self._scaled_by_others(name):
             item = {**item, "spec": {k: v for k, v in item["spec"].items() if k != "replicas"}}
         path = self._path(item["kind"], name)
         try:
@@ -156,14 +155,13 @@ class Rollouts:
         except ApiStatus as status:
             raise GiveUp(f"the Kubernetes API refused {item['kind']} {name}: {one_line(status.message)}") from status
 
-    def _scaler(self, name: str) -> str:
-        """Who else set the number of replicas; "" if nobody did. Without that field an apply leaves theirs alone."""
-        live = self.find(name)
-        for entry in ((live or {}).get("metadata") or {}).get("managedFields") or ():
-            owned = (entry.get("fieldsV1") or {}).get("f:spec") or {}
-            if "f:replicas" in owned and entry.get("manager") != MANAGER:
-                return str(entry.get("manager"))
-        return ""
+    def _scaled_by_others(self, name: str) -> bool:
+        """Whether somebody else set the number of replicas. Without that field an apply leaves theirs alone."""
+        metadata = (self.find(name) or {}).get("metadata") or {}
+        return any(
+            entry.get("manager") != MANAGER and "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
+            for entry in metadata.get("managedFields") or ()
+        )
 
     def _deployment(self, name: str) -> Json:
         found = self.find(name)
