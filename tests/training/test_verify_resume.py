@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from training.kills import plan_kills
 from training.spec import CheckpointPolicy
-from training.verify_resume import main, plan_kills
+from training.verify_resume import main
 
 MakeSpec = Callable[..., Path]
 
@@ -83,3 +85,15 @@ def test_25_kills_of_every_kind(
     assert main(["--spec", str(spec), *arguments, "--output", str(output)]) == 0
     certificate = json.loads(output.read_text())
     assert certificate["equal"] and certificate["kills"] == 25
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler for the processor (g++)")
+def test_a_compiled_training_resumes_to_the_bit(make_spec: MakeSpec, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"compile": True, "accumulate": 2, "precision": "bfloat16", "params": {"norm": True}}
+    spec = make_spec(epochs=5, checkpoint=CheckpointPolicy(every_steps=4), **settings)
+    output = tmp_path / "certificate.json"
+    assert main(["--spec", str(spec), "--kills", "6", "--seed", "1", "--processes", "1", "--output", str(output)]) == 0
+    certificate = json.loads(output.read_text())
+    assert certificate["equal"] and certificate["kills"] == 6
