@@ -84,10 +84,13 @@ class Cadence:
         return min(max(best, self.policy.min_seconds), self.policy.max_seconds)
 
     def due(self, step: int, now: float, *, busy: bool = False) -> bool:
-        """Whether to save after `step` (counted from 1). By time, not while the last save is still being written."""
+        """Whether to save after `step` (counted from 1), which begins now. By time: after the step that ends nearest to
+        the interval, never before min_seconds, and not while the last save is still being written."""
         if self.policy.every_steps:
             return step % self.policy.every_steps == 0
-        return not busy and now - self.last_save >= self.interval
+        length = fmean(self.idle) if self.idle else 0.0
+        wanted = max(self.interval - length / 2, self.policy.min_seconds)
+        return not busy and now + length - self.last_save >= wanted
 
 
 def p95(values: list[float]) -> float:

@@ -46,6 +46,18 @@ def test_due_by_time_waits_for_the_save_on_its_way() -> None:
     assert not cadence.due(7, 105.0, busy=True)
 
 
+def test_due_by_time_is_the_step_that_ends_nearest_to_the_interval() -> None:
+    cadence = Cadence(policy=CheckpointPolicy(min_seconds=3, max_seconds=5), mtbf=3600, last_save=100.0)
+    cadence.stepped(1.0, saving=False)
+    cadence.measured(stall=1.0)
+    assert cadence.interval == 5
+    assert not cadence.due(7, 103.4), "this step ends at 104.4, the next one at 105.4, which is nearer"
+    assert cadence.due(7, 103.6)
+    cadence = Cadence(policy=CheckpointPolicy(min_seconds=5, max_seconds=5), mtbf=3600, last_save=100.0)
+    cadence.stepped(1.0, saving=False)
+    assert not cadence.due(7, 103.9) and cadence.due(7, 104.0), "never sooner than the user allows"
+
+
 def test_due_by_steps_is_exact() -> None:
     cadence = Cadence(policy=CheckpointPolicy(every_steps=5), mtbf=3600, last_save=0.0)
     assert [step for step in range(1, 16) if cadence.due(step, 1e9, busy=True)] == [5, 10, 15]
