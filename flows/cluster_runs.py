@@ -13,12 +13,13 @@ from typing import Any
 
 from deployments.errors import ConfigError, GiveUp
 from flows.cluster_settings import ClusterSettings, load_cluster
+from flows.follow import ENDS
 from flows.place import is_cluster
 from flows.prefect_api import Prefect
 from flows.run_mirror import KIND
 from flows.settings import load_pipeline
 from flows.start import Order, pipeline_file
-from flows.submit import ENDS, prefect_url
+from flows.submit import prefect_url
 
 LIMIT = 200  # artifacts, newest first
 LIVE = ("running", "waiting")

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from deployments.cluster_target import ClusterTarget
 from deployments.workload import Resources, Runner
-from flows.cluster_settings import ClusterResources, ClusterSettings, ClusterSpot, load_cluster, parse_cluster
+from flows.cluster_settings import ClusterResources, ClusterSpot, load_cluster, parse_cluster
 from flows.place_settings import SpotSettings, StepResources, kind_of, load_place, read_place
 from tasks.records import Store
 
@@ -108,9 +108,3 @@ def open_place(place: str, folder: Path) -> Place:
 def is_cluster(place: str, folder: Path) -> bool:
     """Whether a place's file says that it is a cluster. Raises ConfigError for a place that is not known."""
     return kind_of(read_place(place, folder)[1]) == "cluster"
-
-
-def cluster_of(place: Place) -> ClusterSettings | None:
-    """The settings of a cluster, None for a laptop."""
-    settings = getattr(place, "settings", None)
-    return settings if isinstance(settings, ClusterSettings) else None

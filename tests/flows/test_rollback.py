@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments.errors import GiveUp
-from flows import submit as submit_module
+from flows import follow as follow_module
 from flows.prefect_api import Prefect
 from flows.rollback import rollback
 from flows.run_mirror import ANSWER
@@ -25,7 +25,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, An
     (tmp_path / "pipeline.toml").write_text(GOOD + '[serve]\nsoak = "3s"\n')
     (tmp_path / "cluster.toml").write_text(LEAST)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submit_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(follow_module, "POLL_SECONDS", 0.01)
     return []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments.errors import ConfigError, GateRefused, GiveUp, PreflightError, StepError, TryAgain, Unreachable
-from flows import submit as submit_module
+from flows import follow as follow_module
 from flows.execute import Interrupted
 from flows.plan import STEPS
 from flows.prefect_api import Prefect
@@ -84,7 +84,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(folder, "push", "-q", "origin", "main")
     monkeypatch.chdir(folder)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(submit_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(follow_module, "POLL_SECONDS", 0.01)
     return folder
 
 
@@ -192,7 +192,7 @@ def test_a_silent_flow_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPa
     silent = ("CRASHED", f"{SILENCE} 90 s: its process is gone.")
     server = Server(("RUNNING", ""), silent, silent, ("RUNNING", ""), silent, ("COMPLETED", ""), document=document())
     assert asked(monkeypatch, server)["run"] == "digits-1"
-    monkeypatch.setattr(submit_module, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(follow_module, "SILENT_SECONDS", 0.05)
     with pytest.raises(TryAgain, match="its flow crashed"):
         asked(monkeypatch, Server(silent, document=document()))
 
@@ -217,6 +217,6 @@ def test_ctrl_c_cancels_and_a_second_one_leaves(project: Path, monkeypatch: pyte
 
 
 def test_prefect_away_for_too_long(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit_module, "AWAY_SECONDS", 0.05)
+    monkeypatch.setattr(follow_module, "AWAY_SECONDS", 0.05)
     with pytest.raises(TryAgain, match="the run goes on in the cluster"):
         asked(monkeypatch, Server(("AWAY", "")))
