@@ -49,6 +49,7 @@ def show_cluster_preflight(order: Order, *, snapshot: str = "", save: str = "", 
         kubeconfig=cluster.place.kubeconfig,
         context=cluster.place.context,
         dvc=None if snapshot else dvc_probe(lambda: project.data_pointer(sha, data)),
+        save_seconds=None if snapshot else _save_seconds(order, pipeline.name),
     )
     show_preflight(findings, as_json=as_json)
 
@@ -120,6 +121,18 @@ def show_gpu_use(order: Order, *, prometheus: str = "", minutes: float = 60.0, a
         verdicts[str(document["run"])] = sentence_of(training / "output")
     uses = gpu_uses(server, pods=runs_of_pods(documents), timelines=timelines, verdicts=verdicts, minutes=minutes)
     show_gpu(uses, as_json=as_json, minutes=minutes)
+
+
+def _save_seconds(order: Order, pipeline: str) -> float | None:
+    """How long the slowest save of the pipeline's last training took; None if none is known here."""
+    from tasks.attempts import progress_of
+
+    store = _store(order)
+    last = store.read(f"pipelines/{pipeline}") if store is not None else None
+    if store is None or not last or not last.get("train_model"):
+        return None
+    lines = progress_of(str(store.path / "trainings" / last["train_model"] / "progress.jsonl"))
+    return max((float(line["durable"]) for line in lines if "durable" in line), default=None)
 
 
 def _kind(order: Order) -> str:

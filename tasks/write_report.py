@@ -19,6 +19,7 @@ from typing import Any
 from deployments.errors import GiveUp, StepError
 from tasks import report_page as page
 from tasks.report_charts import Mark, loss_curve, pieces_of
+from training.verdict import sentence_of
 
 WIDE, NARROW = (920, 300), (360, 240)  # CSS pixels: a small screen gets a picture of its own, not small letters
 
@@ -146,6 +147,7 @@ def render(request: ReportRequest) -> str:
         tiles=page.tiles(document, request.evaluation),
         timeline=page.timeline(document),
         curves=curves,
+        profile=sentence_of(Path(request.progress).parent / "output") if request.progress else "",
         attempts=rows,
         comparison=page.comparison(request.evaluation, gate),
         champion=str(request.evaluation.get("champion_version") or gate.get("champion_version") or ""),

@@ -167,6 +167,15 @@ def test_whole_page(document: dict[str, Any], files: dict[str, str], tmp_path: P
     assert "1795507" not in said, "no raw clock"
 
 
+def test_a_profile_is_told(document: dict[str, Any], files: dict[str, str], tmp_path: Path) -> None:
+    request = ReportRequest(document=document, html=str(tmp_path / "r.html"), **files)
+    assert "Its profile" not in render(request)
+    folder = Path(files["progress"]).parent / "output" / "profile"
+    folder.mkdir(parents=True)
+    (folder / "verdict.json").write_text('{"sentence": "small batch: <b>raise</b> batch_size"}')
+    assert "Its profile: small batch: &lt;b&gt;raise&lt;/b&gt; batch_size" in render(request)
+
+
 def test_page_needs_no_network_and_no_script(document: dict[str, Any], files: dict[str, str], tmp_path: Path) -> None:
     document["message"] = document["cause"] = "<script>alert(1)</script>"
     document["steps"][0].update(reused=True, started=None, ended=None, reason="<img src=x onerror=alert(1)>")

@@ -1,4 +1,4 @@
-"""A training that a cluster could never place, as Prefect shows it: `pytest -m e2e tests/flows/test_refusal.py`.
+"""A training that a cluster could never place, as Prefect shows it: `pytest -m e2e tests/flows/test_steps_refusal.py`.
 
 A real Prefect server, the real step with the real Runner, and a scripted API whose nodes have no GPU.
 """
