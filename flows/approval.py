@@ -69,7 +69,7 @@ def question(run: Run, model: RegisteredModel) -> str:
     serving = ((run.store.read(f"endpoints/{name}") or {}).get("serving") or {}).get("version")
     lines = [
         f"**{name}** version {model.version}, commit {document['git_sha'][:7]}: {numbers}.",
-        *(f"- {sentence}" for sentence in (document.get("gate") or {}).get("sentences", ())),
+        *(f"- {sentence}" for sentence in model.decision.get("sentences", ())),
         f"- in service now: {f'version {serving}' if serving else 'nothing yet'}",
         "",
         f"[The version in MLflow]({model.model_url})",

@@ -82,8 +82,8 @@ def test_only_the_two_answers_count() -> None:
 def test_the_question_says_what_a_person_needs(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.document |= {"metrics": {"accuracy": 0.99154, "loss": 0.04}, "git_sha": "56aa416" + "0" * 33}
-    run.document["gate"] = {"sentences": ["accuracy 0.991549 >= 0.95 (gate.minimum, the minimum)"]}
-    model: Any = SimpleNamespace(version="6", model_url="http://mlflow/6")
+    said = {"sentences": ["accuracy 0.991549 >= 0.95 (gate.minimum, the minimum)"]}
+    model: Any = SimpleNamespace(version="6", model_url="http://mlflow/6", decision=said)
     asked = approval.question(run, model)  # type: ignore[arg-type]
     assert asked.splitlines()[0] == "**digits** version 6, commit 56aa416: accuracy 0.9915, loss 0.04."
     assert "- accuracy 0.991549 >= 0.95" in asked and "- in service now: nothing yet" in asked

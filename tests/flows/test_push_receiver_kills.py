@@ -70,7 +70,7 @@ class Forks:
         """The status code, 0 without an answer."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/push", body, signed(body))
         try:
-            with urllib.request.urlopen(request, timeout=20) as reply:
+            with urllib.request.urlopen(request, timeout=60) as reply:
                 return int(reply.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -79,6 +79,8 @@ class Forks:
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout
+        if self.child and Path(f"/proc/{self.child}").exists():  # a test failed in the middle
+            os.kill(self.child, signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait(30)
         self.process.stdout.close()
@@ -107,13 +109,13 @@ class Setting:
 
     def wait(self, after: str) -> None:
         """Until the push is decided and its record says so."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 90
         while time.monotonic() < until:
             found = [e for e in self.queue.entries() if e.push.after == after]
             if found and found[0].state != "waiting":
                 assert (len(found), found[0].state, found[0].action) == (1, "started", "retrain")
                 return
-            time.sleep(0.01)
+            time.sleep(0.05)
         raise AssertionError(f"{after} is not decided: {self.queue.entries()[:1]}")
 
 
@@ -143,14 +145,14 @@ def kill_at(setting: Setting, point: str) -> tuple[int, int]:
     setting.forks.start(point)
     answered = setting.forks.send(body)
     if answered:  # the death comes after the answer
-        until = time.monotonic() + 20
+        until = time.monotonic() + 90
         while Path(f"/proc/{setting.forks.child}").exists() and time.monotonic() < until:
             if setting.started(after) and setting.queue.entries(1)[0].state != "waiting":
                 time.sleep(0.2)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(setting.forks.child, signal.SIGTERM)  # the line was not reached this time
                 break
-            time.sleep(0.01)
+            time.sleep(0.05)
     code = setting.forks.ended()
     assert len(setting.started(after)) <= 1
     setting.forks.start("nowhere")
