@@ -33,7 +33,7 @@ from flows.plan import STEPS
 from flows.prefect_api import Prefect
 from tests.cluster_kit import apply, cluster_images, needs_rig, rig_state, until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAY = ROOT / "deployments" / "k8s" / "overlays" / "kind"
 RUNS, SERVICES = "reprise", "reprise-services"
@@ -77,7 +77,7 @@ class Chain:
     def reprise(self, command: str, *arguments: str) -> str:
         """What a command prints that succeeds."""
         process = self.start(*arguments, command=command)
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 0, out + err
         return out
 
@@ -132,7 +132,7 @@ class Chain:
         return answers
 
 
-def document_of(process: subprocess.Popen[str], seconds: float = 400) -> dict[str, Any]:
+def document_of(process: subprocess.Popen[str], seconds: float = 700) -> dict[str, Any]:
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == 0, f"exit code {process.returncode}\n{out}\n{err}"
     document: dict[str, Any] = json.loads(out)
@@ -180,7 +180,7 @@ def services(api: KubeApi) -> Iterator[None]:
     secret(api, SERVICES, "databases", DATABASES)
     kubectl("apply", "--server-side", "-f", "-", stdin=overlay())
     for name in ("prefect-server", "mlflow", "prefect-worker"):
-        kubectl("-n", SERVICES, "rollout", "status", f"deployment/{name}", "--timeout=240s")
+        kubectl("-n", SERVICES, "rollout", "status", f"deployment/{name}", "--timeout=400s")
     yield
     for namespace in (RUNS, SERVICES):
         kubectl("delete", "namespace", namespace, "--timeout=120s")  # and wait: others make it anew
@@ -221,7 +221,7 @@ def chain(api: KubeApi, services: None) -> Iterator[Chain]:
 
 def test_from_the_command_to_a_prediction_through_the_service(chain: Chain) -> None:
     process = chain.start()
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=700)
     assert process.returncode == 0, out + err
     assert [line.split()[1] for line in out.splitlines() if line.startswith("✓")] == list(STEPS)
     document = json.loads((chain.state / "store" / "runs" / "digits-1.json").read_text())
@@ -230,6 +230,8 @@ def test_from_the_command_to_a_prediction_through_the_service(chain: Chain) -> N
         if step != "train_model":
             (job,) = chain.jobs(run="digits-1", step=step)
             assert job["status"]["succeeded"] == 1, step
+            account = "reprise-deploy" if step == "deploy_model" else "reprise-step"
+            assert job["spec"]["template"]["spec"]["serviceAccountName"] == account
     (training,) = chain.trainings(key_of(document, "train_model"))
     assert {"Succeeded": "True"}.items() <= {c["type"]: c["status"] for c in training["status"]["conditions"]}.items()
     assert chain.versions() == ["1"] and chain.rollouts() == 1
@@ -255,7 +257,7 @@ def killed_while(chain: Chain, step: str, kill: Callable[[str], None], *argument
         begun = [j for j in working(chain, step) if j["metadata"]["uid"] not in known]
         return chain.flow_pod() if begun else ""
 
-    kill(until(runs, f"{step} is under way", 120))
+    kill(until(runs, f"{step} is under way", 400))
     return document_of(process)
 
 
@@ -282,7 +284,7 @@ def evict(chain: Chain) -> Callable[[str], None]:
     return eviction
 
 
-KILLS = [*((step, force) for step in STEPS), ("train_model", evict), ("deploy_model", evict)]
+KILLS = [*((step, force) for step in (*STEPS, "write_report")), ("train_model", evict), ("deploy_model", evict)]
 
 
 @pytest.mark.parametrize(("step", "how"), KILLS, ids=lambda value: getattr(value, "__name__", value))
@@ -301,7 +303,7 @@ def test_a_flow_whose_pod_goes_during_a_step_goes_on(
         if name not in ("train_model", "pull_data") or name == step == "pull_data":
             (job,) = chain.jobs(run=run, step=name)
             assert job["status"]["succeeded"] == 1
-    assert len(chain.trainings(key_of(document, "train_model"))) == 1
+    assert len(chain.trainings(key_of(document, "train_model"))) == len(chain.jobs(run=run, step="write_report")) == 1
     assert [a["cause"] for a in document["attempts"]] == ["complete"]
     assert (len(chain.versions()), chain.rollouts()) == (before[0] + 1, before[1] + 1)
     assert {a["model_version"] for a in chain.predictions(document)} == {document["model_version"]}
@@ -331,9 +333,9 @@ def test_ctrl_c_cancels_the_run_in_the_cluster_and_it_goes_on_later(chain: Chain
         lines = [p.read_text() for p in (chain.state / "store" / "trainings").glob("*/progress.jsonl")]
         return "yes" if any('"max_steps": 2700' in text and text.count('"step"') > 5 for text in lines) else ""
 
-    until(trains, "the training is under way", 120)
+    until(trains, "the training is under way", 400)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, out + err
     assert "cancelled" in err
     document = chain.run(*setting)
@@ -369,7 +371,7 @@ def test_stock_prefect_deploy_registers_the_same(chain: Chain) -> None:
             state = (prefect.run(started["id"]) or {})["state"]
             return str(state["type"]) if state["type"] in ("COMPLETED", "FAILED", "CRASHED") else ""
 
-        assert until(ended, "the flow run ends", 120) == "COMPLETED"
+        assert until(ended, "the flow run ends", 300) == "COMPLETED"
     finally:
         del os.environ["PREFECT_API_AUTH_STRING"]
 
