@@ -42,6 +42,11 @@ class Copying:
         self._walk = StateWalk()
         self._plan: _Plan | None = None
 
+    @property
+    def staging(self) -> Staging | None:
+        """The memory and the way of copying of the last plan."""
+        return self._plan.staging if self._plan is not None else None
+
     def flatten(self, state: Mapping[str, Any], until_idle: Callable[[], object]) -> tuple[FlatState, Layout]:
         """The state by name, and the layout of this rank's part of it. `until_idle` returns when no copy is in use; it
         is called before a new plan replaces the old one's memory."""
@@ -56,7 +61,7 @@ class Copying:
     def start(self, flat: FlatState, when_staged: Callable[[], object]) -> Snapshot:
         """Begin to copy what was planned last; see training.staging.Staging."""
         assert self._plan is not None
-        return self._plan.staging.start(self._sources(flat, self._plan), when_staged)
+        return self._plan.staging.start(self.sources(flat), when_staged)
 
     def close(self) -> None:
         """Give the memory back; every snapshot must have been released."""
@@ -87,10 +92,11 @@ class Copying:
         self._plan = replace(old, walk=walk, rest=rest)
         return self._plan
 
-    def _sources(self, flat: FlatState, plan: _Plan) -> Sources:
+    def sources(self, flat: FlatState) -> Sources:
         """This rank's parts as local tensors; those that do not hold still until the optimizer's step as copies."""
-        tensors, copied = flat.tensors, plan.copied
-        sources = [(piece, tensors[piece.key]) for piece in plan.layout.pieces]
+        assert self._plan is not None
+        tensors, copied = flat.tensors, self._plan.copied
+        sources = [(piece, tensors[piece.key]) for piece in self._plan.layout.pieces]
         if not copied:
             return sources
         with torch.no_grad():

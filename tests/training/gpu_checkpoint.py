@@ -119,7 +119,7 @@ def reprise(training: Training, folder: Path, repeats: int, room: bool, steps: i
             wall.append(with_save - (before + quiet) / 2)
             during.append(after / quiet)
             durable.append(time.perf_counter() - started - quiet)
-    staging = checkpointer._plan.staging  # type: ignore[union-attr]
+    staging = checkpointer._copying.staging
     assert isinstance(staging, device_staging.DeviceStaging) and (staging.clone is not None) is room, (
         "not the way asked"
     )
@@ -134,12 +134,12 @@ def reprise(training: Training, folder: Path, repeats: int, room: bool, steps: i
     size = staging.layout.device_bytes
     if staging.clone is not None:
         clone = staging.clone
-        sources = [(p, t) for p, t in checkpointer._sources(_flat(training), checkpointer._plan) if t.is_cuda]  # type: ignore[arg-type]
+        sources = [(p, t) for p, t in checkpointer._copying.sources(_flat(training)) if t.is_cuda]
         with torch.no_grad():
             found["clone_s"] = min(
                 timed(lambda: device_staging.copy_on_device(staging.targets, sources)) for _ in range(5)
             )
-        found["host_s"] = min(timed(lambda: checkpointer._planned(_flat(training))) for _ in range(5))
+        found["host_s"] = min(timed(lambda: checkpointer.prepare(training.state)) for _ in range(5))
         copy = min(timed(lambda: staging.flat[:size].copy_(clone, non_blocking=True)) for _ in range(3))
         found |= {"d2h_s": copy, "d2h_GB_per_s": size / copy / 1e9}
     found["bytes"] = staging.layout.nbytes

@@ -65,7 +65,8 @@ def test_the_moment_of_the_save(
         advance(state, checkpointer)
         advance(state)
     checkpointer.wait_durable()
-    assert checkpointer._plan is not None and (checkpointer._plan.staging.clone is not None) is room  # type: ignore[attr-defined]
+    staging = checkpointer._copying.staging
+    assert isinstance(staging, device_staging.DeviceStaging) and (staging.clone is not None) is room
     checkpointer.close()
     other = make(1, **options)
     assert not same(facts(other), saved)
