@@ -60,7 +60,9 @@ class Forks:
 
     def ended(self) -> int:
         assert self.process.stdout
-        return int(self.process.stdout.readline().split()[1])
+        code = int(self.process.stdout.readline().split()[1])
+        self.child = 0
+        return code
 
     def stop(self) -> None:
         os.kill(self.child, signal.SIGTERM)
@@ -79,7 +81,7 @@ class Forks:
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout
-        if self.child and Path(f"/proc/{self.child}").exists():  # a test failed in the middle
+        if self.child:  # a test failed in the middle
             os.kill(self.child, signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait(30)
@@ -146,11 +148,12 @@ def kill_at(setting: Setting, point: str) -> tuple[int, int]:
     answered = setting.forks.send(body)
     if answered:  # the death comes after the answer
         until = time.monotonic() + 90
-        while Path(f"/proc/{setting.forks.child}").exists() and time.monotonic() < until:
+        child = setting.forks.child
+        while Path(f"/proc/{child}").exists() and time.monotonic() < until:
             if setting.started(after) and setting.queue.entries(1)[0].state != "waiting":
                 time.sleep(0.2)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(setting.forks.child, signal.SIGTERM)  # the line was not reached this time
+                    os.kill(child, signal.SIGTERM)  # the line was not reached this time
                 break
             time.sleep(0.05)
     code = setting.forks.ended()

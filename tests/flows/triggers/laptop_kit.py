@@ -21,6 +21,7 @@ from typing import Any
 from flows.example import create_project
 from flows.prefect_api import Prefect
 from flows.zombies import REVIVALS
+from tests.flows.forge_kit import TOKEN
 from tests.flows.push_kit import SECRET, git, signed
 
 PORT = 18540
@@ -175,7 +176,7 @@ class Receiver:
 
     def start(self) -> None:
         argv = [sys.executable, "-m", "flows", "hook", "serve", "--port", str(RECEIVER)]
-        environment = {**os.environ, "REPRISE_PUSH_SECRET": SECRET.decode()}
+        environment = {**os.environ, "REPRISE_PUSH_SECRET": SECRET.decode(), "REPRISE_FORGE_TOKEN": TOKEN}
         with (self.project.root / "receiver.txt").open("ab") as log:
             self.process = subprocess.Popen(argv, cwd=self.project.folder, env=environment, stdout=log, stderr=log)
         until(lambda: taken(RECEIVER) or self.process.poll() is not None, 120, "the receiver listens")

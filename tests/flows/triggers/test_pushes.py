@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.flows.forge_kit import fake_forge
 from tests.flows.push_kit import payload, signed
-from tests.flows.triggers.laptop_kit import Project, Receiver, decided, pushed_runs
+from tests.flows.triggers.laptop_kit import Project, Receiver, decided, pushed_runs, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -63,3 +64,28 @@ def test_forged_and_broken_ones_over_real_http(project: Project, receiver: Recei
     with contextlib.suppress(BrokenPipeError, ConnectionResetError, urllib.error.URLError):
         assert receiver.post(big) == (413, "refused")
     assert receiver.post(payload("0" * 40, "c" * 40, ref="refs/tags/v1")) == (202, "ignored")
+
+
+def test_the_decision_is_said_at_the_forge(project: Project, receiver: Receiver) -> None:
+    """Pending while it trains, success with the decision when it is done, and documentation at once."""
+    file = project.folder / "pipeline.toml"
+    before_it = file.read_text()
+    with fake_forge("gitea") as forge:
+        receiver.kill()
+        file.write_text(f'{before_it}\n[push.status]\nforge = "gitea"\nurl = "{forge.url}"\n')
+        receiver.start()
+        try:
+            words = project.change("Written", "Scrawled", "README.md")
+            assert receiver.post(payload(*words)) == (202, "accepted")
+            trains = project.change("shift = 1", "shift = 2")
+            assert receiver.post(payload(*trains)) == (202, "accepted")
+            project.wait(decided(project, trains[1])["flow_run"], "Completed")
+            until(lambda: forge.words() and forge.words()[-1][0] == "success", 30, "the end is said")
+            said = [(s["state"], s["description"]) for s in forge.said if s["sha"] == trains[1]]
+            assert said[0] == ("pending", "Retraining: [train.params] shift changed")
+            assert said[-1] == ("success", "Retrained: [train.params] shift changed") and len(said) == 2
+            assert [s["state"] for s in forge.said if s["sha"] == words[1]] == ["success"]
+        finally:
+            file.write_text(before_it)
+            receiver.kill()
+            receiver.start()
