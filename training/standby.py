@@ -87,9 +87,7 @@ def _run_agent(torchrun: Sequence[str], environment: Mapping[str, str], spec_fil
             code = 0
         except (ChildFailedError, SignalException):
             pass  # statuses and manifest say more
-        except (
-            UnboundLocalError
-        ) as error:  # a signal in the first line of torch's timing wrapper trips over its own end
+        except UnboundLocalError as error:  # a signal in the first line of torch's timing wrapper
             if not isinstance(error.__context__, SignalException):
                 raise
     except BaseException:
