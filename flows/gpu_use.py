@@ -62,7 +62,8 @@ class Prometheus:
                 said = " ".join(error.read(300).decode(errors="replace").split())
             raise ConfigError(f"Prometheus {self.url}: {error.code} {said}; {hint}") from error
         except OSError as error:
-            raise Unreachable(f"Prometheus {self.url} does not answer: {error}; {hint}") from error
+            why = getattr(error, "reason", error)
+            raise Unreachable(f"Prometheus {self.url} does not answer: {why}; {hint}") from error
         except ValueError as error:
             raise ConfigError(f"Prometheus {self.url}: not its API ({error}); {hint}") from error
         return list((document.get("data") or {}).get("result") or [])
