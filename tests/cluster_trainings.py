@@ -50,7 +50,7 @@ def uninterrupted(folder: Path) -> dict[str, Any]:
     """The result of the same training without an interruption, in two processes of this machine."""
     (folder / "spec.json").write_text(spec_in(folder, "q").to_json())
     command = [sys.executable, "-m", "training.launch", "--spec", str(folder / "spec.json"), "--processes", "2"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], timeout=120, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], timeout=300, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = json.loads((folder / "output" / "result.json").read_text())
     assert result["step"] == STEPS
     return result

@@ -61,7 +61,7 @@ def test_nodes_are_taken_in_every_way(bench_of: Callable[[str], Bench], quiet: Q
 
 def one_node(bench: Bench, quiet: Quiet) -> None:
     """With notice, without, and during a save. The fourth attempt asks for on-demand, as the policy says."""
-    policy = CapacityPolicy(fallback=True, fallback_after=3, start_seconds=60.0)
+    policy = CapacityPolicy(fallback=True, fallback_after=3, start_seconds=300.0)
     request = bench.request("b", module="slow_disk.py", params={"slow": 0.03, "fsync": 0.6}, capacity=policy)
     trained, rows = bench.train(
         request,
