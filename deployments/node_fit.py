@@ -194,7 +194,7 @@ def _resources(requests: Mapping[str, int], node: Json, capacity: Mapping[str, i
             yield Obstacle(
                 kind="resource",
                 detail=f"a pod asks for {asked}, and node {name} gives {shown(resource, there)} at most",
-                fix="ask for less in [resources] of cluster.toml (more, smaller nodes if it is GPUs), or add larger "
+                fix=f"ask for less {resource} in [resources] of cluster.toml (more nodes with less each), or add larger "
                 "nodes",
                 weight=2,
             )

@@ -51,14 +51,14 @@ def _one(case: Case, name: str, resource: str, limit: str, wanted: Counter[str],
             what="quota",
             verdict="FAIL",
             found=f"{case.wanted.label} asks for {numbers} in all",
-            fix=f"raise it ({here}), or ask for less in [resources] of cluster.toml",
+            fix=f"raise its {resource} ({here}), or ask for less in [resources] of cluster.toml",
         )
     else:
         yield Finding(
             what="quota",
             verdict="WARN",
             found=f"{case.wanted.label} asks for {numbers} and {shown(resource, taken)} are used",
-            fix=f"no pod is created until others have ended; or raise it: {here}",
+            fix=f"no pod is created until others have ended; or raise its {resource}: {here}",
         )
 
 

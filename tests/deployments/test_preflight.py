@@ -51,6 +51,13 @@ def test_a_workload_that_runs_already_is_not_refused_for_what_it_holds_itself() 
     assert judged(document) == []
 
 
+def test_every_resource_that_is_too_much_is_a_row() -> None:
+    asked = training(resources={"gpus": 99, "memory": "99Ti"})
+    rows = faults(preflight(Snapshot.read(SOUND), [asked], place()))
+    told = {(r.what, word) for r in rows for word in ("nvidia.com/gpu", "memory") if word in r.found}
+    assert told >= {("resources", "nvidia.com/gpu"), ("resources", "memory"), ("quota", "nvidia.com/gpu")}, rows
+
+
 def test_two_faults_are_two_rows() -> None:
     document = sound()
     document["apis"].pop(V1)
