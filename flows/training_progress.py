@@ -24,33 +24,49 @@ TAIL_BYTES = 4096
 
 @asynccontextmanager
 async def training_progress(run: Run) -> AsyncIterator[None]:
-    """Keep the bar up to date while the body runs."""
-    drawing = asyncio.create_task(_draw(run))
+    """Keep the bar up to date while the body runs; afterwards it shows where the training ended."""
+    bar = _Bar(run)
+    drawing = asyncio.create_task(bar.draw())
     try:
         yield
     finally:
         drawing.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):  # a bar is no reason to fail
             await drawing
+        with contextlib.suppress(Exception):
+            await bar.finish()
 
 
-async def _draw(run: Run) -> None:
-    file = run.store.path / "trainings" / run.plan.steps["train_model"].key / "progress.jsonl"
-    bar: Any = None
-    while True:
-        await asyncio.sleep(SECONDS)
-        if run.step_row("train_model")["status"] != "running" and bar is None:
-            continue
-        if (last := newest_step(file)) is None:
-            continue
-        share = 100.0 * last["step"] / max(1, last["max_steps"])
-        said = f"step {last['step']} of {last['max_steps']}, epoch {last['epoch']}, loss {last['loss']:.4g}"
-        if bar is None:
-            bar = await acreate_progress_artifact(progress=share, key="training", description=said)
-        else:
-            await aupdate_progress_artifact(bar, progress=share, description=said)
-        if run.step_row("train_model")["status"] != "running":
+class _Bar:
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._id: Any = None
+        self._file = run.store.path / "trainings" / run.plan.steps["train_model"].key / "progress.jsonl"
+
+    def _status(self) -> str:
+        return str(self._run.step_row("train_model")["status"])
+
+    async def draw(self) -> None:
+        while self._id is None or self._status() == "running":
+            await asyncio.sleep(SECONDS)
+            if self._status() == "running":
+                await self._show()
+
+    async def finish(self) -> None:
+        """The trainer tells of a step now and then only: a training that is done was at its last one."""
+        if self._id is not None:
+            await self._show(done=self._status() == "done")
+
+    async def _show(self, *, done: bool = False) -> None:
+        if (last := newest_step(self._file)) is None:
             return
+        step = last["max_steps"] if done else last["step"]
+        share = 100.0 * step / max(1, last["max_steps"])
+        said = f"step {step} of {last['max_steps']}, epoch {last['epoch']}, loss {last['loss']:.4g}"
+        if self._id is None:
+            self._id = await acreate_progress_artifact(progress=share, key="training", description=said)
+        else:
+            await aupdate_progress_artifact(self._id, progress=share, description=said)
 
 
 def newest_step(file: Path) -> dict[str, Any] | None:

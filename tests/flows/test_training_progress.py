@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from flows import training_progress
 from flows.training_progress import TAIL_BYTES, newest_step
 
 
@@ -29,3 +35,39 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
     file.write_text("\n".join(step(n) for n in range(5000)))
     assert file.stat().st_size > 10 * TAIL_BYTES
     assert (newest_step(file) or {})["step"] == 4999
+
+
+def test_the_bar_of_a_training_that_is_done_ends_at_its_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[float, str]] = []
+
+    async def create(*, progress: float, key: str, description: str) -> str:
+        drawn.append((progress, description))
+        return "bar"
+
+    async def update(bar: str, *, progress: float, description: str) -> None:
+        assert bar == "bar"
+        drawn.append((progress, description))
+
+    monkeypatch.setattr(training_progress, "acreate_progress_artifact", create)
+    monkeypatch.setattr(training_progress, "aupdate_progress_artifact", update)
+    monkeypatch.setattr(training_progress, "SECONDS", 0.01)
+    row = {"status": "running"}
+    run: Any = SimpleNamespace(
+        store=SimpleNamespace(path=tmp_path),
+        plan=SimpleNamespace(steps={"train_model": SimpleNamespace(key="k")}),
+        step_row=lambda name: row,
+    )
+    (tmp_path / "trainings" / "k").mkdir(parents=True)
+
+    async def train() -> None:
+        async with training_progress.training_progress(run):
+            (tmp_path / "trainings" / "k" / "progress.jsonl").write_text(step(8))
+            while not drawn:
+                await asyncio.sleep(0.01)
+            row["status"] = "done"
+
+    asyncio.run(train())
+    assert drawn[0] == (100.0 * 8 / 9, "step 8 of 9, epoch 1, loss 0.5")
+    assert drawn[-1] == (100.0, "step 9 of 9, epoch 1, loss 0.5")
