@@ -6,14 +6,15 @@ Logs come from the pods, so they need a kubeconfig. Not covered: starting and fo
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from deployments.errors import ConfigError, GiveUp
 from flows.cluster_settings import ClusterSettings, load_cluster
-from flows.follow import ENDS
+from flows.execute import Interrupted
+from flows.follow import ENDS, Follower
 from flows.place import is_cluster
 from flows.prefect_api import Prefect
 from flows.run_mirror import KIND
@@ -61,21 +62,19 @@ def document(order: Order, run: str) -> dict[str, Any]:
     return found
 
 
-def cancel(order: Order, run: str, *, wait_seconds: float = 120.0) -> dict[str, Any]:
+def cancel(order: Order, run: str) -> dict[str, Any]:
     """Cancel a run in Prefect and wait for its flow to end. Raises GiveUp for one that has ended."""
     found = document(order, run)
-    prefect = _prefect(load_cluster(order.place, pipeline_file(order).parent))
-    flow_run = found["links"].get("prefect_flow_run", "")
+    settings = load_cluster(order.place, pipeline_file(order).parent)
+    prefect, flow_run = _prefect(settings), found["links"].get("prefect_flow_run", "")
     if found["status"] not in LIVE or not flow_run:
         raise GiveUp(f"{found['run']} is {found['status']}: nothing to cancel")
     waits = found["status"] == "waiting"  # nobody has to be told to end
     kind, name = ("CANCELLED", "Cancelled") if waits else ("CANCELLING", "Cancelling")
     prefect.set_state(flow_run, kind, name, "Cancelled by `reprise cancel`.")
-    give_up = time.monotonic() + wait_seconds
-    while time.monotonic() < give_up:
-        if ((prefect.run(flow_run) or {}).get("state") or {}).get("type") in ENDS:
-            break
-        time.sleep(0.5)
+    watching = Follower(prefect=prefect, flow_run=flow_run, settings=settings, quiet=True, cancelled=True)
+    with contextlib.suppress(Interrupted):
+        watching.follow()
     return document(order, found["run"])
 
 

@@ -39,6 +39,9 @@ def _run_on_cluster(order: Order, *, as_json: bool, detach: bool) -> None:
     document = submit(order, detach=detach, quiet=as_json)
     if not detach:
         _finish(document, as_json=as_json, took=time.perf_counter() - began)
+        if not as_json:
+            there = f"{document['run']} --place {order.place}"
+            next_commands(f"reprise show {there}", f"reprise logs {there}")
     elif as_json:
         show_json(document)
 
@@ -171,7 +174,8 @@ def roll_back(order: Order, to: str, *, as_json: bool) -> None:
         return
     say(f"{document['pipeline']}: version {document['version']} is in service again (was {document['previous']})")
     say(document["url"])
-    next_commands("reprise runs", "reprise run")
+    there = f" --place {order.place}" if order.place != "laptop" else ""
+    next_commands(f"reprise runs{there}", f"reprise run{there}")
 
 
 def show_findings(order: Order, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ asking for the run (flows.submit), runs that have ended (flows.cluster_runs).
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from flows.zombies import SILENCE
 POLL_SECONDS = 1.0
 AWAY_SECONDS = 300.0  # that Prefect may be away while a run is followed
 WAITING_SECONDS = 20.0  # a run that no worker takes is told of
+STOPPED_SECONDS = 15.0  # from the run's own word that it is cancelled to Prefect's
 SILENT_SECONDS = 600.0  # a lost node: until its pods are evicted, and another node is there
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _RAISED = re.compile(r"(?:Flow run encountered an exception: )?(\w+): (.*)", re.DOTALL)
@@ -42,6 +44,7 @@ class Follower:
     cancelled: bool = False
     told: str = ""
     silent_since: float | None = None  # monotonic
+    stopped_since: float | None = None
 
     def follow(self) -> dict[str, Any]:
         """Until it ends. Ctrl-C cancels the run and goes on watching; a second one leaves it."""
@@ -90,7 +93,16 @@ class Follower:
             self._show(watch, seen)
         elif state["type"] not in ENDS:
             self._tell_waiting(state, flow_run)
+        if state["type"] == "CANCELLING" and self.document.get("status") == "cancelled":
+            self._finish_cancelling()
         return state
+
+    def _finish_cancelling(self) -> None:
+        """Its flow has stopped everything and could not tell Prefect, which was busy: after a while we do."""
+        self.stopped_since = self.stopped_since or time.monotonic()
+        if time.monotonic() - self.stopped_since > STOPPED_SECONDS:
+            with contextlib.suppress(TryAgain):
+                self.prefect.set_state(self.flow_run, "CANCELLED", "Cancelled", "It has stopped.", force=True)
 
     def _show(self, watch: Watch, seen: dict[str, Any]) -> None:
         before = {s["name"]: s["status"] for s in self.document.get("steps", ())}

@@ -140,7 +140,7 @@ def _step_logs(jobs: Path, document: dict[str, Any], step: str, *, follow: bool)
 def cancel_run(order: Order, run: str, *, wait_seconds: float = 120.0) -> dict[str, Any]:
     """Stop a run: its step gets notice, its checkpoint stands. A run whose process died loses what it left running."""
     if cluster_runs.on_cluster(order):
-        return cluster_runs.cancel(order, run, wait_seconds=wait_seconds)
+        return cluster_runs.cancel(order, run)
     _, place, store = where(order)
     run = run or newest(store)
     document = read_run(store, run)

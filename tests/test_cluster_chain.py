@@ -308,7 +308,7 @@ def test_a_flow_whose_pod_goes_during_a_step_goes_on(
     assert (len(chain.versions()), chain.rollouts()) == (before[0] + 1, before[1] + 1)
     assert {a["model_version"] for a in chain.predictions(document)} == {document["model_version"]}
     (flow,) = [j for j in flow_jobs(chain) if j["metadata"]["uid"] not in flows]
-    assert until(lambda: str(chain_status(chain, flow).get("succeeded", "")), "the flow's Job completes") == "1"
+    assert until(lambda: str(chain_status(chain, flow).get("succeeded", "")), "the flow's Job completes", 120) == "1"
 
 
 def flow_jobs(chain: Chain) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ class Server:
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         if path == "/artifacts/filter":
+            if "flow_run_id" in body["artifacts"]:
+                return []
             assert body["artifacts"] == {"type": {"any_": [KIND]}} and body["sort"] == "UPDATED_DESC"
             return self.artifacts
         flow_run = path.split("/")[2]

@@ -188,6 +188,18 @@ def test_how_a_run_ends_is_how_the_command_ends(
     assert caught.value.exit_code == kind.exit_code
 
 
+def test_a_cancel_that_prefect_was_too_busy_to_note(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow_module, "STOPPED_SECONDS", 0.0)
+    server = Server(("CANCELLING", ""), ("CANCELLING", ""), ("CANCELLED", ""), document=document("running"))
+    with pytest.raises(Interrupted):
+        asked(monkeypatch, server)
+    assert server.set == [], "its steps may still be stopping"
+    server = Server(("CANCELLING", ""), ("CANCELLING", ""), ("CANCELLED", ""), document=document("cancelled"))
+    with pytest.raises(Interrupted):
+        asked(monkeypatch, server)
+    assert set(server.set) == {"CANCELLED"}
+
+
 def test_a_silent_flow_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = ("CRASHED", f"{SILENCE} 90 s: its process is gone.")
     server = Server(("RUNNING", ""), silent, silent, ("RUNNING", ""), silent, ("COMPLETED", ""), document=document())
