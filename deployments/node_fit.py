@@ -194,8 +194,8 @@ def _resources(requests: Mapping[str, int], node: Json, capacity: Mapping[str, i
             yield Obstacle(
                 kind="resource",
                 detail=f"a pod asks for {asked}, and node {name} gives {shown(resource, there)} at most",
-                fix=f"ask for less {resource} in [resources] of cluster.toml (more nodes with less each), or add larger "
-                "nodes",
+                fix=f"ask for less {resource} in [resources] of cluster.toml (more nodes with less each), or add "
+                "larger nodes",
                 weight=2,
             )
         elif is_device(resource) and wanted > 1000 and is_time_sliced(labels, resource):
