@@ -432,27 +432,20 @@ def test_an_archive_that_is_not_the_one_packaged(home: Home) -> None:
     print(f"\ndigest: undone after {time.monotonic() - began:.1f} s; {load.told()}")
 
 
-def test_a_step_killed_at_each_transition_and_run_again_is_one_rollout(home: Home) -> None:
+@pytest.mark.parametrize("number", range(1, TRANSITIONS + 1), ids=lambda number: f"transition-{number}")
+def test_a_step_that_is_killed_and_run_again_is_one_rollout(home: Home, number: int) -> None:
     one = {name: replace(request, cluster=replace(home.target, replicas=1)) for name, request in home.requests.items()}
-    home.deploy(one["1"])
-    failures, answers, versions = 0, 0, set[str]()
-    for number in range(1, TRANSITIONS + 1):
-        before, after = "12" if number % 2 else "21"
-        revision = home.revision()
-        with home.load() as load:
-            killed, lines = home.deploy_at(one[after], str(number))
-            again = endpoint(home.deploy(one[after]))
-        assert killed.exit_code == 137 and len(lines) == number, (killed.reason, lines)
-        assert again["version"] == after and home.revision() == revision + 1, lines[-1]
-        home.holds(after)
-        failures, answers, versions = (
-            failures + len(load.failures),
-            answers + len(load.seconds),
-            versions | load.versions,
-        )
-        print(f"\nkilled at {lines[-1]}, then {again['seconds']:.1f} s; {load.told()}", end="")
-        assert load.failures == [] and load.versions <= {before, after}
-    print(f"\n{TRANSITIONS} kills: {answers} requests, {failures} failed, versions {sorted(versions)}")
+    before, after = "12" if number % 2 else "21"
+    endpoint(home.deploy(one[before]))
+    revision = home.revision()
+    with home.load() as load:
+        killed, lines = home.deploy_at(one[after], str(number))
+        again = endpoint(home.deploy(one[after]))
+    assert killed.exit_code == 137 and len(lines) == number, (killed.reason, lines)
+    assert again["version"] == after and home.revision() == revision + 1, lines[-1]
+    home.holds(after)
+    print(f"\nkilled at {lines[-1]}, then {again['seconds']:.1f} s; {load.told()}")
+    assert load.failures == [] and load.versions <= {before, after}
 
 
 def test_two_deployers_at_once(home: Home) -> None:
