@@ -6,7 +6,7 @@
 
 Each pipeline is five steps and one attempt of a training, one after the other, as a flow runs them; all pipelines share
 one process, which is the worst case for the Runner. A process of its own per number, so that memory is that number's.
-`watches` are those opened: three stand at once, and a server ends each after some minutes. `held` is what grows with the
+`watches` are those opened: three stand at once, and a server ends each after minutes. `held` is what grows with the
 pipelines that run: peak memory beyond the process before its first pipeline, a pipeline.
 Not covered: what the pods cost, and Prefect.
 """
