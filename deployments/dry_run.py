@@ -15,7 +15,7 @@ from typing import Any
 from deployments.errors import GiveUp, PreflightError
 from deployments.kube_api import ApiStatus, KubeApi
 from deployments.preflight_findings import Finding
-from deployments.snapshot import PATIENCE, server_version
+from deployments.snapshot_take import PATIENCE, server_version
 
 QUERY = {"dryRun": "All", "fieldValidation": "Strict"}
 

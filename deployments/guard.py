@@ -27,7 +27,8 @@ from deployments.preflight_quota import look_at_limit_ranges, look_at_quotas
 from deployments.preflight_scheduling import look_at_places
 from deployments.preflight_security import look_at_security
 from deployments.preflight_storage import look_at_claims
-from deployments.snapshot import Snapshot, Taker
+from deployments.snapshot import Snapshot
+from deployments.snapshot_take import Taker
 
 Looks = tuple[Callable[[Case], Iterator[Finding]], ...]
 LOOKS: Looks = (

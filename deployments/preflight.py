@@ -5,7 +5,7 @@
 
 Pure: a snapshot and manifests go in, rows come out. FAIL: it cannot run, however long one waits. WARN: it runs, and
 something will cost it (a wait, its checkpoint, its reproducibility). Each look is a file of its own, preflight_*.py.
-Not covered: taking the snapshot (snapshot.py), pods that hang in spite of it (pod_diagnosis.py).
+Not covered: taking the snapshot (snapshot_take.py), pods that hang in spite of it (pod_diagnosis.py).
 """
 
 from __future__ import annotations

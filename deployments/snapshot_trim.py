@@ -1,7 +1,7 @@
 """Pure: an object of the API -> what a snapshot keeps of it, by plural.
 
 Environment, commands, annotations and secrets' contents stay behind: a snapshot is shown to others. Not covered: what
-is read (snapshot.py).
+is read (snapshot_take.py).
 """
 
 from __future__ import annotations

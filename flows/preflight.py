@@ -17,7 +17,8 @@ from deployments.errors import PreflightError, StepError
 from deployments.manifests import ClusterPlace
 from deployments.preflight import failures, preflight
 from deployments.preflight_findings import Finding
-from deployments.snapshot import Snapshot, take
+from deployments.snapshot import Snapshot
+from deployments.snapshot_take import take
 from deployments.workload import Resources, Workload
 from flows.display import say, show_json, table
 

@@ -28,7 +28,7 @@ from deployments.kube_api import MERGE_PATCH, ApiStatus, KubeApi, connect
 from deployments.manifests import WORKLOAD_LABEL, ClusterPlace, manifest
 from deployments.preflight import preflight
 from deployments.preflight_findings import Finding, wanted
-from deployments.snapshot import take
+from deployments.snapshot_take import take
 from deployments.workload import Resources, Workload
 
 pytestmark = pytest.mark.cluster

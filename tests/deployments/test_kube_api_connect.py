@@ -12,7 +12,7 @@ import pytest
 from deployments.errors import ConfigError, PreflightError, Unreachable
 from deployments.kube_api import connect
 from deployments.manifests import ClusterPlace
-from deployments.snapshot import server_version, take
+from deployments.snapshot_take import server_version, take
 from tests.deployments.kube_fake import KubeFake
 
 PLACE = ClusterPlace(namespace="ns", images={"step": "s", "train": "t"})
