@@ -131,7 +131,7 @@ class Bench:
     def take(
         self, request: TrainRequest, *parts: str, how: tuple[str, ...], at: str = "steps"
     ) -> Callable[[Attempt], None]:
-        """What takes the nodes of the pods with these parts in their names: after 12 steps, or as it is saving."""
+        """What takes the nodes of the pods with these parts in their names: after some steps, or as it is saving."""
 
         def act(row: Attempt) -> None:
             name = f"train-{request.spec.key[:12]}-{row.number}"
@@ -140,7 +140,7 @@ class Bench:
                 lines = self.lines(request, row)
                 if at == "saving":
                     return "x" * any(e.get("event") == "saving" for e in lines)
-                return "x" * (sum("max_steps" in e and "event" not in e for e in lines) > 12)
+                return "x" * (sum("max_steps" in e and "event" not in e for e in lines) > 4)
 
             until(begun, f"{name}: {at}", seconds=150)
             for node in [node_of(self.home, name, part) for part in parts]:
