@@ -1,4 +1,4 @@
-"""The deployment of a cluster's pool, as Prefect's models and our pool's template take it; the file for stock Prefect."""
+"""The deployment of a cluster's pool, as Prefect's models and our pool's template take it; the file for stock use."""
 
 from __future__ import annotations
 
