@@ -31,7 +31,7 @@ e2e-triggers: .venv/.installed  ## schedule, form, pushes and dead flows on real
 	$(BIN)/pytest -m e2e tests/flows/triggers
 
 cluster: .venv/.installed  ## the same on Kubernetes: the cluster of KUBECONFIG, or one of this machine by .ci/cluster
-	$(BIN)/pytest -m cluster --durations 10 tests/deployments/test_kustomize.py tests/test_*cluster*.py
+	$(BIN)/pytest -m cluster --durations 10 tests/deployments/test_k8s_server.py tests/test_*cluster*.py
 
 bench-cluster: .venv/.installed  ## what orchestration costs at 1, 10 and 100 pipelines; on the cluster of KUBECONFIG, if set
 	$(BIN)/python tests/deployments/bench_cluster.py
