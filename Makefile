@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types layers unit e2e e2e-triggers cluster bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger bench-cluster clean lock
+.PHONY: demo test check lint types layers unit e2e e2e-triggers cluster cluster-smoke bench bench-flow bench-checkpoint bench-restart bench-goodput bench-serving bench-trigger bench-cluster clean lock
 
 demo: .venv/.installed  ## the whole chain on this machine, through two spot interruptions, to a model in service
 	@$(BIN)/reprise demo
@@ -32,6 +32,11 @@ e2e-triggers: .venv/.installed  ## schedule, form, pushes and dead flows on real
 
 cluster: .venv/.installed  ## the same on Kubernetes: the cluster of KUBECONFIG, or one of this machine by .ci/cluster
 	$(BIN)/pytest -m cluster --durations 10 tests/deployments/test_k8s_server.py tests/test_*cluster*.py
+
+cluster-smoke: .venv/.installed  ## the part of it that a change most likely breaks, in minutes
+	$(BIN)/pytest -m cluster --durations 10 tests/deployments/test_k8s_server.py tests/test_cluster_steps.py \
+	  tests/test_cluster_chain.py::test_from_the_command_to_a_prediction_through_the_service \
+	  tests/test_cluster_chain.py::test_again_nothing_runs
 
 bench-cluster: .venv/.installed  ## what orchestration costs at 1, 10 and 100 pipelines; on the cluster of KUBECONFIG, if set
 	$(BIN)/python tests/deployments/bench_cluster.py
