@@ -18,6 +18,7 @@ from typing import Any
 
 from deployments.errors import GiveUp, StepError
 from tasks import report_page as page
+from tasks import report_timeline, report_words
 from tasks.report_charts import Mark, loss_curve, pieces_of
 from training.verdict import sentence_of
 
@@ -122,10 +123,10 @@ def render(request: ReportRequest) -> str:
             raise GiveUp(f"write_report.document: {name!r} is missing; expected the document of a run from the store")
     attempts = document.get("attempts", [])
     gate = document.get("gate") or {}
-    rows = page.attempt_rows(attempts)
+    rows = report_timeline.attempt_rows(attempts)
     pieces = pieces_of(read_lines(request.progress) + loss_history(request), attempts)
     marks = [Mark(step=r["step"], number=r["mark"], error=r["kind"] == "bad") for r in rows if r["mark"]]
-    label = f"training loss by step, with {page.count(len(marks), 'interruption')}"
+    label = f"training loss by step, with {report_words.count(len(marks), 'interruption')}"
     curves = [
         Markup(loss_curve(pieces, marks, width=w, height=h, label=label))  # made here, of numbers
         for w, h in (WIDE, NARROW)
@@ -145,7 +146,7 @@ def render(request: ReportRequest) -> str:
         summary=page.summary(document),
         facts=_facts(document),
         tiles=page.tiles(document, request.evaluation),
-        timeline=page.timeline(document),
+        timeline=report_timeline.timeline(document),
         curves=curves,
         profile=sentence_of(Path(request.progress).parent / "output") if request.progress else "",
         attempts=rows,
@@ -157,17 +158,17 @@ def render(request: ReportRequest) -> str:
         service=page.service(request.evaluation),
         lineage=page.lineage(document, request.run_id),
         links=page.link_rows(document),
-        ended=page.moment(document.get("ended")),
+        ended=report_words.moment(document.get("ended")),
     )
 
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The line under the headline."""
-    found = [("run", document["run"]), ("started", page.moment(document.get("started")))]
+    found = [("run", document["run"]), ("started", report_words.moment(document.get("started")))]
     if document.get("cause"):
         found.append(("cause", str(document["cause"])))
     if document.get("resumed"):
-        found.append(("resumed", page.count(int(document["resumed"]), "time")))
+        found.append(("resumed", report_words.count(int(document["resumed"]), "time")))
     if document.get("place"):
         found.append(("place", str(document["place"])))
     if document.get("git_sha"):

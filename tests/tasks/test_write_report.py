@@ -13,6 +13,7 @@ import pytest
 
 from deployments.errors import GiveUp
 from tasks import report_page as page
+from tasks import report_timeline, report_words
 from tasks.report_charts import Mark, Piece, loss_curve, pieces_of
 from tasks.write_report import ReportRequest, read_lines, render, write_report
 
@@ -295,7 +296,7 @@ def test_one_sentence(document: dict[str, Any], change: dict[str, Any], sentence
 
 def test_timeline_is_in_percent_and_marks_what_was_reused(document: dict[str, Any]) -> None:
     document["steps"][0].update(reused=True, status="reused", started=None, ended=None, reason="data unchanged")
-    shown = page.timeline(document)
+    shown = report_timeline.timeline(document)
     pull, train, *_, check = shown["rows"]
     assert (pull["status"], pull["bars"], pull["reason"], pull["length"]) == ("reused", [], "data unchanged", "")
     assert [b["kind"] for b in train["bars"]] == ["idle", "cut", "cut", "work"]
@@ -304,13 +305,13 @@ def test_timeline_is_in_percent_and_marks_what_was_reused(document: dict[str, An
         for bar in row["bars"]:
             assert 0 <= bar["left"] <= 100 and 0 < bar["width"] <= 100 - bar["left"] + 1e-6
     assert [t["text"] for t in shown["ticks"]] == ["0", "10 s", "20 s", "30 s", "40 s"]
-    assert page.timeline({"steps": []})["ticks"] == []
+    assert report_timeline.timeline({"steps": []})["ticks"] == []
 
 
 @pytest.mark.parametrize("span", [0.2, 3, 61, 599, 3700, 90000, 2_000_000])
 def test_ticks_are_few_and_round(document: dict[str, Any], span: float) -> None:
     document["steps"] = [{"name": "train_model", "started": T0, "ended": T0 + span, "status": "done"}]
-    ticks = page.timeline(document | {"attempts": []})["ticks"]
+    ticks = report_timeline.timeline(document | {"attempts": []})["ticks"]
     assert ticks[0] == {"left": 0.0, "text": "0"}
     assert span > 500_000 or 2 <= len(ticks) <= 6
     assert all(t["left"] <= 94 for t in ticks)
@@ -332,7 +333,7 @@ def test_ticks_are_few_and_round(document: dict[str, Any], span: float) -> None:
     ],
 )
 def test_durations(seconds: float | None, text: str) -> None:
-    assert page.duration(seconds) == text
+    assert report_words.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_durations(seconds: float | None, text: str) -> None:
     [(0.977777, "0.9778"), (360.0, "360"), (12345, "12\u202f345"), (float("nan"), "nan"), (None, "–"), (1e-7, "1e-07")],
 )
 def test_numbers(value: Any, text: str) -> None:
-    assert page.number(value) == text
+    assert report_words.number(value) == text
 
 
 def test_confusion_is_for_classes_only() -> None:
@@ -400,6 +401,6 @@ def test_an_attempt_without_a_node_is_no_error_and_a_fallback_is_told() -> None:
         attempt(2, T0 + 9, T0 + 20, "complete", (0, 40, 40), capacity="on-demand", node="n1", asked="got no spot node"),
     ]
     assert page.summary({"status": "succeeded", "attempts": attempts}).startswith("Trained without an interruption")
-    waited, done = page.attempt_rows(attempts)
+    waited, done = report_timeline.attempt_rows(attempts)
     assert (waited["cause"], waited["kind"], waited["mark"]) == ("no capacity", "warn", 0)
     assert (waited["where"], done["where"]) == ("spot (spot first)", "on-demand n1 (got no spot node)")
