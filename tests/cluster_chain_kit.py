@@ -58,8 +58,9 @@ class Chain:
         """`reprise run --place cluster`, or another command."""
         argv = [sys.executable, "-m", "flows", command, "--place", "cluster", *arguments]
         env = {**os.environ, "PREFECT_API_AUTH_STRING": AUTH, "PYTHONPATH": str(ROOT)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(argv, cwd=self.project, env=env, text=True, **pipes)
+        return subprocess.Popen(
+            argv, cwd=self.project, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     def reprise(self, command: str, *arguments: str) -> str:
         """What a command prints that succeeds."""
