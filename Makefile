@@ -28,13 +28,13 @@ e2e: .venv/.installed
 	$(BIN)/pytest -m e2e --ignore tests/flows/triggers
 
 e2e-triggers: .venv/.installed  ## schedule, form, pushes and dead flows on real servers: ten minutes more
-	$(BIN)/pytest -m e2e tests/flows/triggers
+	$(BIN)/pytest -m 'e2e and not long' tests/flows/triggers
 
 cluster: .venv/.installed  ## the same on Kubernetes: the cluster of KUBECONFIG, or one of this machine by .ci/cluster
 	$(BIN)/pytest -m cluster --durations 10 tests/deployments/test_k8s_server.py tests/test_*cluster*.py
 
 cluster-smoke: .venv/.installed  ## the part of it that a change most likely breaks, in minutes
-	$(BIN)/pytest -m cluster --durations 10 tests/deployments/test_k8s_server.py tests/test_cluster_steps.py \
+	$(BIN)/pytest -m cluster --durations 10 tests/deployments/test_k8s_server.py \
 	  tests/test_cluster_chain.py::test_from_the_command_to_a_prediction_through_the_service \
 	  tests/test_cluster_chain.py::test_again_nothing_runs
 
