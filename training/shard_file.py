@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ import torch
 from training.manifest import StoredFile
 
 PAGE = 4096  # the header is padded to it, so that tensor data may be written past the page cache
+MANY_PROCESSORS = 4  # with two, steps beside a save took 1.35 to 1.47 of an idle one when it was hashed while written
 CHUNK = 16 << 20  # bytes hashed and written at a time: large enough to amortise a call, small enough to yield
 ALIGN = 64  # bytes; a cache line
 PAD = "__pad__"  # names of filler entries: the format allows no gaps
@@ -170,24 +172,31 @@ class Writer(Protocol):
 
 
 def write_shard(writer: Writer, header: bytes, chunks: Iterator[memoryview]) -> StoredFile:
-    """Write header and data, each chunk hashed while it is on its way to the disk: durable takes the slower of the two,
-    not their sum. The calls that cost time release the interpreter lock; the thread inherits the caller's priority."""
+    """Write header and data. Where a processor is to spare, each chunk is hashed while it is on its way to the disk:
+    durable then takes the slower of the two, not their sum. With few processors they take turns, or the loop feels it.
+    The calls that cost time release the interpreter lock; the thread inherits the caller's priority."""
     digest = hashlib.sha256(header)
     with mmap.mmap(-1, len(header)) as page:  # writes past the page cache want aligned memory
         page[:] = header
         with memoryview(page) as view:
             writer.write(view)
     size = len(header)
-    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-disk") as disk:
-        written: Future[None] | None = None
+    if len(os.sched_getaffinity(0)) < MANY_PROCESSORS:
         for chunk in chunks:
+            digest.update(chunk)
+            writer.write(chunk)
+            size += len(chunk)
+    else:
+        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-disk") as disk:
+            written: Future[None] | None = None
+            for chunk in chunks:
+                if written is not None:
+                    written.result()
+                written = disk.submit(writer.write, chunk)
+                digest.update(chunk)
+                size += len(chunk)
             if written is not None:
                 written.result()
-            written = disk.submit(writer.write, chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        if written is not None:
-            written.result()
     return StoredFile(
         bytes=size,
         sha256=digest.hexdigest(),
