@@ -21,7 +21,7 @@ from flows.place import CLUSTER_VARIABLE
 from flows.prefect_api import FLOW, Prefect
 from flows.project import Project
 from flows.settings import PipelineSettings
-from flows.triggers import ENTRYPOINT, HEARTBEAT_SECONDS, OVERLAP
+from flows.triggers import ENTRYPOINT, HEARTBEAT_SECONDS, OVERLAP, cron_of
 
 PLACE = "cluster"
 WORKDIR = "/app"  # of the flow image
@@ -70,12 +70,6 @@ def cluster_deployment(pipeline: PipelineSettings, settings: ClusterSettings, *,
     project, schedule = Project(pipeline.folder), pipeline.schedule
     file = project.in_repo(pipeline.file.name)
     inside = pipeline.model_copy(update={"file": Path(file)})
-    timed = {
-        "slug": "cron",
-        "schedule": {"cron": schedule.cron, "timezone": schedule.timezone},
-        "active": not schedule.paused,
-        "parameters": {"rev": schedule.rev, "cause": "schedule"},
-    }
     return {
         "name": pipeline.name,
         "description": f"Retrain `{pipeline.name}` on the cluster: pull, train, register, package, deploy, check. "
@@ -88,7 +82,7 @@ def cluster_deployment(pipeline: PipelineSettings, settings: ClusterSettings, *,
         "parameters": {"pipeline": file, "place": PLACE},
         "parameter_openapi_schema": form(inside, place=PLACE, revs=["HEAD"]),
         "enforce_parameter_schema": True,
-        "schedules": [timed] if schedule.cron else [],
+        "schedules": [cron_of(pipeline)] if schedule.cron else [],
         "concurrency_limit": 1,
         "concurrency_options": {"collision_strategy": OVERLAP[schedule.overlap]},
     }

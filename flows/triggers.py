@@ -84,15 +84,20 @@ def _git_url(pipeline: PipelineSettings, place: ClusterSettings) -> str:
     return url
 
 
-def deployment(pipeline: PipelineSettings, place: PlaceSettings) -> dict[str, Any]:
-    """The deployment as Prefect's API takes it."""
-    schedule, folder = pipeline.schedule, str(pipeline.folder)
-    timed = {
+def cron_of(pipeline: PipelineSettings) -> dict[str, Any]:
+    """[schedule] as Prefect's API takes it, for a deployment on any place."""
+    schedule = pipeline.schedule
+    return {
         "slug": "cron",
         "schedule": {"cron": schedule.cron, "timezone": schedule.timezone},
         "active": not schedule.paused,
         "parameters": {"rev": schedule.rev, "cause": "schedule"},
     }
+
+
+def deployment(pipeline: PipelineSettings, place: PlaceSettings) -> dict[str, Any]:
+    """The deployment as Prefect's API takes it."""
+    schedule, folder = pipeline.schedule, str(pipeline.folder)
     return {
         "name": pipeline.name,
         "description": f"Retrain `{pipeline.name}`: pull, train, register, package, deploy, check. "
@@ -113,7 +118,7 @@ def deployment(pipeline: PipelineSettings, place: PlaceSettings) -> dict[str, An
             pipeline, place=_place_name(place), revs=["HEAD", *branches(Project(pipeline.folder))]
         ),
         "enforce_parameter_schema": True,
-        "schedules": [timed] if schedule.cron else [],
+        "schedules": [cron_of(pipeline)] if schedule.cron else [],
         "concurrency_limit": 1,
         "concurrency_options": {"collision_strategy": OVERLAP[schedule.overlap]},
     }
