@@ -47,6 +47,7 @@ LOOK_SECONDS = 5.0  # at least that often, for what no event tells: deadlines
 TELL_SECONDS = 5.0  # a pod that waits for longer is told of
 EVENTS_SECONDS = 15.0  # when events are first asked for, then more rarely, while no status tells why it does not start
 RESULT_SECONDS = 5.0  # a file on a network volume may come into sight late
+SETTLE_SECONDS = 2.0  # how far the watch of pods may lag behind that of their owners; a pod tells its exit code last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class ClusterRun:
         self._events_at, self._events_every = 0.0, EVENTS_SECONDS
         self._held_by_event: Waiting | None = None
         self._rest_at = 0.0
+        self._gone_at = 0.0  # when the object was found gone, though no pod of it has been seen
 
     def outcome(self) -> Outcome:
         """Create or adopt, wait, judge."""
@@ -118,7 +120,7 @@ class ClusterRun:
         item, self.adopted = creation.create_or_adopt(self._left_over)
         self.uid = uid_of(item)
         self.checked = self.resting = False
-        self._rest_at = 0.0
+        self._rest_at = self._gone_at = 0.0
         asked = stamp(item["metadata"].get("creationTimestamp")) or time.time()
         self.created = asked if self.adopted else time.time()
         self.objects.put(item)
@@ -167,11 +169,16 @@ class ClusterRun:
         if not deleted and end is None:
             self._limits(item, pods)
             return None
-        if not self._all_over(pods):
+        if not self._all_over(pods) or (gone and not pods and self._settling()):
             return None
         if end is not None or self.ending is not None:
             return self._finish(item, pods, self.ending)
         return self._again(pods) if gone else None
+
+    def _settling(self) -> bool:
+        """Whether a pod that came and went may still be told of: it is in no list any more, only in the watch."""
+        self._gone_at = self._gone_at or time.monotonic()
+        return time.monotonic() < self._gone_at + SETTLE_SECONDS
 
     def _object(self) -> tuple[Json, bool]:
         found = next(i for i in self.objects.objects() if uid_of(i) == self.uid)

@@ -55,6 +55,7 @@ class KubeFake:
         self.missing: set[str] = set()  # collections that are not defined
         self.groups: dict[str, dict[str, list[str]]] = {}  # further API groups: version -> plurals
         self.applied: dict[tuple[str, str], Json] = {}  # what server-side apply was given last
+        self.silent: set[str] = set()  # collections whose watches lag behind: they tell nothing for now
         self.cut_after = 0  # a watch is cut after so many events, once
         self.duplicates = False
         self.oldest = 0  # watches from before this version get 410
@@ -360,8 +361,8 @@ class KubeFake:
         sent, at = 0, 0
         while not self.down:
             with self.changed:
-                fresh = self.history[at:]
-                at = len(self.history)
+                fresh = [] if collection in self.silent else self.history[at:]
+                at += len(fresh)
                 if not fresh:
                     self.changed.wait(0.5)
             for version, where, kind, item in fresh:

@@ -305,6 +305,27 @@ def test_stop_ends_it_as_cancelled_and_is_idempotent(kube: KubeFake, cluster: Cl
     cluster.stop(NAME)
 
 
+def test_a_pod_that_its_watch_tells_of_after_its_jobs_end_still_tells_the_exit_code(
+    kube: KubeFake, cluster: Cluster
+) -> None:
+    """The watches of Jobs and Pods are two streams: with both away, only the late events know how the pod ended."""
+    kube.foreground = {JOBS, PODS}
+    kube.silent = {PODS}
+    run = Background(cluster, step())
+    job = kube.wait(lambda: kube.has(JOBS, NAME) and kube.get(JOBS, NAME))
+    pod = kube.pod_for(job)["metadata"]["name"]
+    stopping = threading.Thread(target=cluster.stop, args=(NAME,), kwargs={"grace_seconds": 2})
+    stopping.start()
+    kube.wait(lambda: kube.get(PODS, pod)["metadata"].get("deletionGracePeriodSeconds") == 2)
+    kube.end_pod(pod, 143)
+    kube.remove(PODS, pod)
+    kube.remove(JOBS, NAME)
+    time.sleep(0.5)
+    kube.silent = set()
+    assert (run.end().cause, run.end().exit_code) == ("cancelled", 143)
+    stopping.join(5)
+
+
 def test_deadline(kube: KubeFake, cluster: Cluster) -> None:
     kube.on_create[JOBS] = lambda job: kube.pod_for(job)
     run = Background(cluster, step(deadline_seconds=0.3))
