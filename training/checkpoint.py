@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
+from threading import Event
 from typing import Any, cast
 
 from training.agreement import Agreement
@@ -146,7 +147,9 @@ class Checkpointer:
             self._writer.failures.remove(cast(BaseException, job.durable.exception()))
         layout = self._copying.plan_anew(flat, self._until_idle)
         self._count += 1
-        job = replace(job, name=self._name(job.step), layout=layout, durable=Future(), snapshot=Future())
+        job = replace(
+            job, name=self._name(job.step), layout=layout, durable=Future(), snapshot=Future(), awaited=Event()
+        )
         self._start(job, flat)
         job.snapshot.result().wait()
 
@@ -205,6 +208,7 @@ class Checkpointer:
 
     def _until_idle(self) -> None:
         if self._job is not None:
+            self._job.awaited.set()
             wait([self._job.durable])
 
     # -- loading ----------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class Job:
     started: float  # time.perf_counter() at the call of save
     durable: Future[CheckpointInfo]
     snapshot: Future[Snapshot] = field(default_factory=Future)
+    awaited: threading.Event = field(default_factory=threading.Event)  # training stands still until this is durable
     stall_index: int | None = None  # of this save in `stall_seconds`
 
 
@@ -150,7 +151,7 @@ class CheckpointWriter:
         header = job.layout.header(encode(job.metadata))
         writer = self._store.create(job.name, shard_name(self._agreement.rank), len(header) + job.layout.nbytes)
         try:
-            stored = write_shard(writer, header, job.snapshot.result().chunks())
+            stored = write_shard(writer, header, job.snapshot.result().chunks(), loop_rests=job.awaited.is_set)
             writer.finish()
         except BaseException:
             writer.drop()

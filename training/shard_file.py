@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -171,9 +171,17 @@ class Writer(Protocol):
         """Append."""
 
 
-def write_shard(writer: Writer, header: bytes, chunks: Iterator[memoryview]) -> StoredFile:
+def has_processors_to_spare() -> bool:
+    """Whether this process may use more processors than a training loop keeps busy."""
+    return len(os.sched_getaffinity(0)) >= MANY_PROCESSORS
+
+
+def write_shard(
+    writer: Writer, header: bytes, chunks: Iterator[memoryview], *, loop_rests: Callable[[], bool]
+) -> StoredFile:
     """Write header and data. Where a processor is to spare, each chunk is hashed while it is on its way to the disk:
-    durable then takes the slower of the two, not their sum. With few processors they take turns, or the loop feels it.
+    durable then takes the slower of the two, not their sum. With few processors that is when `loop_rests` says that
+    training waits for this file (asked before each chunk); else they take turns, or the loop would feel it.
     The calls that cost time release the interpreter lock; the thread inherits the caller's priority."""
     digest = hashlib.sha256(header)
     with mmap.mmap(-1, len(header)) as page:  # writes past the page cache want aligned memory
@@ -181,22 +189,22 @@ def write_shard(writer: Writer, header: bytes, chunks: Iterator[memoryview]) -> 
         with memoryview(page) as view:
             writer.write(view)
     size = len(header)
-    if len(os.sched_getaffinity(0)) < MANY_PROCESSORS:
+    spare = has_processors_to_spare()
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-disk") as disk:
+        written: Future[None] | None = None
         for chunk in chunks:
-            digest.update(chunk)
-            writer.write(chunk)
-            size += len(chunk)
-    else:
-        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-disk") as disk:
-            written: Future[None] | None = None
-            for chunk in chunks:
-                if written is not None:
-                    written.result()
-                written = disk.submit(writer.write, chunk)
-                digest.update(chunk)
-                size += len(chunk)
             if written is not None:
                 written.result()
+                written = None
+            if spare or loop_rests():
+                written = disk.submit(writer.write, chunk)
+                digest.update(chunk)
+            else:
+                digest.update(chunk)
+                writer.write(chunk)
+            size += len(chunk)
+        if written is not None:
+            written.result()
     return StoredFile(
         bytes=size,
         sha256=digest.hexdigest(),

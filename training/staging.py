@@ -1,7 +1,8 @@
 """Copying the state out of the way of training: into one buffer that is allocated once and kept for life.
 
 A thread copies block by block while forward and backward run; `memmove` releases the interpreter lock, and whoever
-comes to wait helps to finish. The buffer has the layout of the file, so the copy is also the serialisation.
+comes to wait helps to finish. The buffer has the layout of the file, so the copy is also the serialisation. Where
+processors are to spare, the writer follows the copy block by block; with few it would slow the copy that it waits for.
 CUDA states go through training/device_staging.py.
 Not covered: what is copied (training/state_tree.py) and what happens to the copy (training/checkpoint.py).
 """
@@ -21,10 +22,11 @@ from typing import Protocol
 
 import torch
 
-from training.shard_file import CHUNK, Layout, Piece
+from training.shard_file import CHUNK, Layout, Piece, has_processors_to_spare
 
 BLOCK = 4 << 20  # bytes per memmove: two threads share one tensor, and a block is done in about a millisecond
 Sources = Sequence[tuple[Piece, torch.Tensor]]
+Block = Callable[[], object]  # copies one
 
 
 class OtherShape(Exception):
@@ -133,30 +135,42 @@ class HostSnapshot:
         self._done: Future[None] = Future()
         self._error: BaseException | None = None
         self._begun = threading.Event()
-        self._blocks: Iterator[Callable[[], object]] = iter(())
+        self._blocks: Iterator[tuple[int, Block]] = iter(())
         self._left = 0
+        self._followed = has_processors_to_spare()  # the writer reads what is there while the rest is being copied
+        self._ends: list[int] = []  # of the blocks, in bytes of the arena; they grow
+        self._copied = bytearray()  # 1 for each block that is there
+        self._progress = threading.Condition()
 
     def begin(self) -> None:
         """The memory is free: copying may start, by this thread and whoever waits."""
-        blocks: Sequence[Callable[[], object]] = ()
+        blocks: Sequence[tuple[int, Block]] = ()
         try:
             blocks = _blocks(self._staging, self._sources)
         except Exception as error:  # handed to whoever waits
             self._error = error
-        self._left, self._blocks = len(blocks), iter(blocks)
+        self._followed = self._followed and bool(blocks)
+        self._ends, self._copied = [end for end, _ in blocks], bytearray(len(blocks))
+        self._left, self._blocks = len(blocks), enumerate([block for _, block in blocks])
         self._begun.set()
-        if not blocks:
+        if self._followed:
+            self._when_staged()
+        elif not blocks:
             self._finish()
 
     def copy(self) -> None:
         """Copy blocks until none is left to begin; the last thread to finish one reports."""
         count = 0
-        for block in self._blocks:
+        for index, block in self._blocks:
             try:
                 block()
             except BaseException as error:  # handed to whoever waits, when nobody copies any more
                 self._error = error
             count += 1
+            if self._followed:
+                with self._progress:
+                    self._copied[index] = 1
+                    self._progress.notify_all()
         with self._lock:
             self._left -= count
             finished = count > 0 and self._left == 0
@@ -169,7 +183,8 @@ class HostSnapshot:
             self._done.set_result(None)
         else:
             self._done.set_exception(self._error)
-        self._when_staged()
+        if not self._followed:
+            self._when_staged()
 
     def wait(self) -> None:
         if not self._done.done():
@@ -178,8 +193,18 @@ class HostSnapshot:
         self._done.result()
 
     def chunks(self) -> Iterator[memoryview]:
-        self._done.result()
-        yield from self._staging.arena.chunks()
+        if not self._followed:
+            self._done.result()
+        block = at = 0
+        for chunk in self._staging.arena.chunks():
+            at += len(chunk)
+            while self._followed and block < len(self._ends) and (not block or self._ends[block - 1] < at):
+                with self._progress:
+                    self._progress.wait_for(partial(self._copied.__getitem__, block))
+                block += 1
+            if at == self._staging.arena.nbytes:
+                self._done.result()  # a copy that went wrong has no last chunk
+            yield chunk
 
     def device_seconds(self) -> float:
         return 0.0
@@ -189,21 +214,22 @@ class HostSnapshot:
         self._staging.free.release()
 
 
-def _blocks(staging: HostStaging, sources: Sources) -> Sequence[Callable[[], object]]:
-    """The copy as many independent calls. Raises OtherShape."""
+def _blocks(staging: HostStaging, sources: Sources) -> Sequence[tuple[int, Block]]:
+    """The copy as many independent calls in the arena's order, each with the byte where it ends. Raises OtherShape."""
     base, move = staging.arena.address, ctypes.memmove
-    blocks: list[Callable[[], object]] = []
+    blocks: list[tuple[int, Block]] = []
     for piece, tensor in sources:
         if tensor.shape != piece.shape or tensor.dtype != piece.dtype or not tensor.is_cpu:
             raise OtherShape(
                 f"{piece.key}: {list(tensor.shape)} {tensor.dtype}; {list(piece.shape)} {piece.dtype} is planned"
             )
         if not tensor.is_contiguous():
-            blocks.append(partial(_copy_strided, staging.flat, piece, tensor))
+            blocks.append((piece.start + piece.nbytes, partial(_copy_strided, staging.flat, piece, tensor)))
             continue
         source = tensor.data_ptr()
         for at in range(0, piece.nbytes, BLOCK):
-            blocks.append(partial(move, base + piece.start + at, source + at, min(BLOCK, piece.nbytes - at)))
+            size = min(BLOCK, piece.nbytes - at)
+            blocks.append((piece.start + at + size, partial(move, base + piece.start + at, source + at, size)))
     return blocks
 
 

@@ -179,6 +179,7 @@ def one_size(size: str, rounds: int, folder: Path, skip: set[str], tell: Callabl
 
 def slowdown(way: Reprise, loop: Loop, step: int) -> float:
     """Mean step during a background save over the mean of idle steps just before and just after."""
+    os.sync()  # what the ways before left in the page cache is written now, not beside these steps
     idle = [seconds(loop.step) for _ in range(2)]
     way.save(step)
     during = [seconds(loop.step, way.before_update)]
@@ -196,6 +197,7 @@ def durability(way: Reprise, memcpy: Memcpy, path: Path, step: int) -> float:
         way.save(step)
         way.drain()
 
+    os.sync()
     ours = seconds(save)
     plain = seconds(memcpy.write_and_fsync, path)
     path.unlink()
