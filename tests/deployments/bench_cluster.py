@@ -47,7 +47,8 @@ COLUMNS = ("pipelines", "complete", "calls/workload", "watches", "held KiB", "CP
 
 def scripted(folder: str, ready: Any) -> None:
     """An API of this machine whose pods succeed after a moment; runs in a process of its own."""
-    from tests.deployments.kube_fake import JOBS, NODES, ROOM, TRAININGS, KubeFake
+    from tests.deployments.kube_fake import KubeFake
+    from tests.deployments.kube_store import JOBS, NODES, ROOM, TRAININGS
 
     def controller(collection: str, container: str, done: str) -> Any:
         def run(item: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from deployments.errors import GiveUp, PreflightError, Unreachable
 from deployments.kube_api import connect
 from deployments.manifests import ClusterPlace
 from deployments.workload import Outcome, Runner, Workload
-from tests.deployments.kube_fake import JOBS, NODES, PODS, TRAININGS, KubeFake, timestamp
+from tests.deployments.kube_fake import KubeFake
+from tests.deployments.kube_store import JOBS, NODES, PODS, TRAININGS, timestamp
 
 Json = dict[str, Any]
 PLACE = ClusterPlace(namespace="ns", images={"step": "reprise-step", "train": "reprise-train"})

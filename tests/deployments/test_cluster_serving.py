@@ -11,7 +11,8 @@ import pytest
 from deployments.cluster_serving import REVISION, Rollouts
 from deployments.errors import GiveUp, TryAgain
 from deployments.kube_api import connect
-from tests.deployments.kube_fake import PODS, KubeFake
+from tests.deployments.kube_fake import KubeFake
+from tests.deployments.kube_store import PODS
 
 Json = dict[str, Any]
 DEPLOYMENTS, SETS = "/apis/apps/v1/namespaces/ns/deployments", "/apis/apps/v1/namespaces/ns/replicasets"

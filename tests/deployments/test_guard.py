@@ -15,7 +15,8 @@ from deployments.guard import Guard
 from deployments.kube_api import connect
 from deployments.manifests import ClusterPlace, manifest
 from deployments.workload import Outcome, Resources, Workload
-from tests.deployments.kube_fake import JOBS, NAMESPACES, NODES, PODS, ROOM, TRAININGS, KubeFake
+from tests.deployments.kube_fake import KubeFake
+from tests.deployments.kube_store import JOBS, NAMESPACES, NODES, PODS, ROOM, TRAININGS
 
 Json = dict[str, Any]
 PLACE = ClusterPlace(namespace="ns", images={"step": "reprise-step", "train": "reprise-train"})

@@ -11,7 +11,8 @@ import pytest
 from deployments.errors import PreflightError, Unreachable
 from deployments.kube_api import KubeApi, connect
 from deployments.kube_watch import Following, SharedWatch, is_gone, trimmed
-from tests.deployments.kube_fake import JOBS, KubeFake
+from tests.deployments.kube_fake import KubeFake
+from tests.deployments.kube_store import JOBS
 
 Json = dict[str, Any]
 

@@ -22,7 +22,8 @@ from flows.run import Run
 from tasks.capacity import CapacityPolicy
 from tasks.records import Store
 from tasks.train_model import TrainRequest
-from tests.deployments.kube_fake import NODES, KubeFake
+from tests.deployments.kube_fake import KubeFake
+from tests.deployments.kube_store import NODES
 from training.spec import TrainSpec
 
 pytestmark = [

@@ -18,7 +18,8 @@ from typing import Any
 
 from deployments.cluster_serving import REVISION
 from deployments.serving_manifests import LABEL_ANNOTATION, VERSION_ANNOTATION
-from tests.deployments.kube_fake import PODS, KubeFake, timestamp
+from tests.deployments.kube_fake import KubeFake
+from tests.deployments.kube_store import PODS, timestamp
 
 Json = dict[str, Any]
 DEPLOYMENTS, SETS = "/apis/apps/v1/namespaces/ns/deployments", "/apis/apps/v1/namespaces/ns/replicasets"
