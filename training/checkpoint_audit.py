@@ -10,7 +10,6 @@ fsspec for s3://), so that a step without torch may ask. Not covered: loading (t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 from training.checkpoint_store import READ, Store, open_store
 from training.manifest import NAME, DamagedCheckpoint, Manifest, StoredFile, read_manifest
+from training.segment_digests import SegmentDigests, difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,17 @@ class Audit:
 
 def hash_file(store: Store, name: str, file: str, stored: StoredFile) -> None:
     """Raises DamagedCheckpoint unless the file has the bytes that were written."""
-    digest, at, buffer = hashlib.sha256(), 0, memoryview(bytearray(min(READ, stored.bytes)))
-    for chunk in store.stream(name, file, buffer):
-        digest.update(chunk)
-        at += len(chunk)
-    if at != stored.bytes or digest.hexdigest() != stored.sha256:
-        raise DamagedCheckpoint(f"{name}/{file}: sha256 of its {at} bytes is not that of the {stored.bytes} written")
+    buffer = memoryview(bytearray(min(READ, stored.bytes)))
+    with SegmentDigests(first=stored.header_bytes, threads=1) as digests:
+        for chunk in store.stream(name, file, buffer):
+            digests.add(chunk, aside=False)  # the next one comes into the same memory
+        prove(f"{name}/{file}", digests, stored)
+
+
+def prove(where: str, digests: SegmentDigests, stored: StoredFile) -> None:
+    """Raises DamagedCheckpoint unless what was hashed is what was written."""
+    if wrong := difference(digests.finish(), stored.sha256, first=stored.header_bytes, nbytes=stored.bytes):
+        raise DamagedCheckpoint(f"{where}: {wrong}")
 
 
 def manifest_of(store: Store, name: str) -> Manifest:

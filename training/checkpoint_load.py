@@ -11,16 +11,16 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from training.checkpoint_audit import manifest_of
+from training.checkpoint_audit import manifest_of, prove
 from training.checkpoint_plan import Read, plan_load, stored_shapes
 from training.checkpoint_store import Store
 from training.manifest import DamagedCheckpoint, Manifest, StoredFile
+from training.segment_digests import SegmentDigests
 from training.shard_file import ShardHeader, read_header, shard_name, tensor_in
 from training.staging import Arena
 from training.state_codec import decode
@@ -101,22 +101,16 @@ def _header(store: Store, name: str, file: str, stored: StoredFile) -> ShardHead
     raw = bytearray(stored.header_bytes)
     for _ in store.chunks(name, file, memoryview(raw)):
         pass
-    if hashlib.sha256(raw).hexdigest() != stored.header_sha256:
+    if hashlib.sha256(raw).hexdigest() != stored.sha256[0]:
         raise DamagedCheckpoint(f"{name}/{file}: the sha256 of its header is not that of the one written")
     return read_header(bytes(raw))
 
 
 def _read_proved(store: Store, name: str, file: str, stored: StoredFile) -> Arena:
-    """The file's bytes, each part hashed while the next one is read: a restart waits for the slower of the two."""
+    """The file's bytes, hashed by other threads while more are read: nobody trains now, so processors are to spare."""
     arena = Arena(stored.bytes, touched=False)
-    digest, got = hashlib.sha256(), 0
-    chunks = iter(store.chunks(name, file, arena.view))
-    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-read") as reader:
-        coming = reader.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = reader.submit(next, chunks, None)
-            digest.update(chunk)
-            got += len(chunk)
-    if got != stored.bytes or digest.hexdigest() != stored.sha256:
-        raise DamagedCheckpoint(f"{name}/{file}: sha256 of its {got} bytes is not that of the {stored.bytes} written")
+    with SegmentDigests(first=stored.header_bytes) as digests:
+        for chunk in store.chunks(name, file, arena.view):
+            digests.add(chunk, aside=True)
+        prove(f"{name}/{file}", digests, stored)
     return arena

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-FORMAT = "reprise-checkpoint-1"
+FORMAT = "reprise-checkpoint-2"
 NAME = "manifest.json"
 _UNSET = "0" * 64
 
@@ -23,13 +23,12 @@ class DamagedCheckpoint(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """One file of a checkpoint. Its header has a digest of its own, so that it may be believed before the rest is
-    read."""
+    """One file of a checkpoint. `sha256` has a digest of the header, so that it may be believed before the rest is
+    read, then of each segment of training.segment_digests.SEGMENT bytes."""
 
     bytes: int
-    sha256: str
     header_bytes: int
-    header_sha256: str
+    sha256: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,9 @@ def read_manifest(raw: bytes, where: str) -> Manifest:
             raise ValueError(
                 f"{where}: format {body['format']!r}, this version reads {FORMAT!r}; use the one that wrote it"
             )
-        files = {name: StoredFile(**found) for name, found in body.pop("files").items()}
+        files = {
+            name: StoredFile(**{**found, "sha256": tuple(found["sha256"])}) for name, found in body.pop("files").items()
+        }
         manifest = Manifest(**{f.name: body[f.name] for f in fields(Manifest) if f.name != "files"}, files=files)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DamagedCheckpoint(f"{where}: unreadable ({type(error).__name__}: {error})") from error

@@ -8,24 +8,23 @@ Not covered: which rank writes what (training/checkpoint.py) and where files go 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from training.manifest import StoredFile
+from training.segment_digests import SegmentDigests
 
 PAGE = 4096  # the header is padded to it, so that tensor data may be written past the page cache
 MANY_PROCESSORS = 4  # with two, steps beside a save took 1.35 to 1.47 of an idle one when it was hashed while written
-CHUNK = 16 << 20  # bytes hashed and written at a time: large enough to amortise a call, small enough to yield
+CHUNK = 16 << 20  # bytes written at a time: large enough to amortise a call, small enough to yield
 ALIGN = 64  # bytes; a cache line
 PAD = "__pad__"  # names of filler entries: the format allows no gaps
 
@@ -179,38 +178,21 @@ def has_processors_to_spare() -> bool:
 def write_shard(
     writer: Writer, header: bytes, chunks: Iterator[memoryview], *, loop_rests: Callable[[], bool]
 ) -> StoredFile:
-    """Write header and data. Where a processor is to spare, each chunk is hashed while it is on its way to the disk:
-    durable then takes the slower of the two, not their sum. With few processors that is when `loop_rests` says that
-    training waits for this file (asked before each chunk); else they take turns, or the loop would feel it.
-    The calls that cost time release the interpreter lock; the thread inherits the caller's priority."""
-    digest = hashlib.sha256(header)
-    with mmap.mmap(-1, len(header)) as page:  # writes past the page cache want aligned memory
-        page[:] = header
+    """Write header and data. Where processors are to spare, other threads hash what this one sends to the disk: durable
+    takes the slower of the two then, not their sum. With few processors that is when `loop_rests` says that training
+    waits for this file (asked before each chunk); else hashing and writing take turns, or the loop would feel it.
+    The calls that cost time release the interpreter lock."""
+    spare, size = has_processors_to_spare(), len(header)
+    with SegmentDigests(first=len(header)) as digests, mmap.mmap(-1, len(header)) as page:
+        page[:] = header  # writes past the page cache want aligned memory
         with memoryview(page) as view:
+            digests.add(view, aside=False)
             writer.write(view)
-    size = len(header)
-    spare = has_processors_to_spare()
-    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-disk") as disk:
-        written: Future[None] | None = None
         for chunk in chunks:
-            if written is not None:
-                written.result()
-                written = None
-            if spare or loop_rests():
-                written = disk.submit(writer.write, chunk)
-                digest.update(chunk)
-            else:
-                digest.update(chunk)
-                writer.write(chunk)
+            digests.add(chunk, aside=spare or loop_rests())
+            writer.write(chunk)
             size += len(chunk)
-        if written is not None:
-            written.result()
-    return StoredFile(
-        bytes=size,
-        sha256=digest.hexdigest(),
-        header_bytes=len(header),
-        header_sha256=hashlib.sha256(header).hexdigest(),
-    )
+        return StoredFile(bytes=size, header_bytes=len(header), sha256=digests.finish())
 
 
 def tensor_in(buffer: Any, header: ShardHeader, piece: Piece) -> torch.Tensor:

@@ -8,8 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from training.shard_file import PAD, Layout, Piece, lay_out, read_header, tensor_in
+import training.shard_file
+import training.staging
+from training.shard_file import CHUNK, PAD, Layout, Piece, lay_out, read_header, tensor_in
 from training.staging import BLOCK, HostStaging, OtherShape, Sources
+
+
+@pytest.fixture(autouse=True, params=[1, 1000], ids=["followed", "after"])
+def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The writer follows the copy where processors are to spare, and comes after it where they are not."""
+    monkeypatch.setattr(training.shard_file, "MANY_PROCESSORS", request.param)
+    return int(request.param)
 
 
 def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[Layout, Sources]:
@@ -104,3 +113,30 @@ def test_groups_start_aligned_and_device_tensors_come_first() -> None:
     assert starts == {"double": 0, "even": 64, "odd": 128, "host": 192}
     assert layout.device_bytes == 132 and layout.nbytes == 208
     assert isinstance(layout.pieces[0], Piece) and layout.pads == ((24, 40), (132, 60))
+
+
+def test_the_writer_follows_the_copy_block_by_block(processors: int) -> None:
+    """A strided tensor at the end, which is copied last, holds still until the first chunk has been taken."""
+    tensors = {"a": torch.arange(CHUNK // 4, dtype=torch.float32), "b": torch.arange(float(CHUNK // 4)).view(2, -1).t()}
+    layout, sources = layout_of(tensors)
+    staging = HostStaging(layout)
+    told, go_on = threading.Event(), threading.Event()
+    copy_strided = training.staging._copy_strided
+
+    def held(*arguments: object) -> None:
+        assert go_on.wait(10)
+        copy_strided(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.staging, "_copy_strided", held)
+        snapshot = staging.start(sources, told.set)
+        assert told.wait(0.5) == (processors == 1)
+        if processors == 1:
+            assert len(next(snapshot.chunks())) == CHUNK
+        go_on.set()
+        snapshot.wait()
+    assert told.wait(5)
+    raw = layout.header({}) + b"".join(snapshot.chunks())
+    snapshot.release()
+    staging.close()
+    assert all(tensor.equal(tensors[key]) for key, tensor in load(raw).items())
