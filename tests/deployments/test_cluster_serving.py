@@ -20,12 +20,6 @@ LABELS = {"app": "x"}
 
 
 @pytest.fixture
-def kube() -> Iterator[KubeFake]:
-    with KubeFake() as fake:
-        yield fake
-
-
-@pytest.fixture
 def rollouts(kube: KubeFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rollouts]:
     monkeypatch.setattr("deployments.cluster_serving.POLL_SECONDS", 0.05)
     api = connect(kubeconfig=kube.kubeconfig(tmp_path), patience=2.0)

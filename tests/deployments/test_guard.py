@@ -27,12 +27,6 @@ CAPACITY = {"key": "karpenter.sh/capacity-type", "operator": "In", "values": ["s
 NO_GPU = {"cpu": "8", "memory": "32Gi", "pods": "20"}
 
 
-@pytest.fixture
-def kube() -> Iterator[KubeFake]:
-    with KubeFake() as fake:
-        yield fake
-
-
 def node(kube: KubeFake, name: str = "n1", **allocatable: str) -> None:
     status = {"allocatable": {**NO_GPU, **allocatable}}
     kube.put(NODES, {"metadata": {"name": name, "labels": SPOT}, "spec": {}, "status": status})

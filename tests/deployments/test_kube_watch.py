@@ -18,12 +18,6 @@ Json = dict[str, Any]
 
 
 @pytest.fixture
-def kube() -> Iterator[KubeFake]:
-    with KubeFake() as fake:
-        yield fake
-
-
-@pytest.fixture
 def api(kube: KubeFake, tmp_path: Path) -> Iterator[KubeApi]:
     connection = connect(kubeconfig=kube.kubeconfig(tmp_path), patience=1.0)
     yield connection
