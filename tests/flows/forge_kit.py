@@ -6,15 +6,12 @@ to make the same transition twice) and Gitea's swagger ("repoCreateStatus").
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.flows.loopback_kit import JsonHandler, LoopbackFake
 
 TOKEN = "forge-token-of-the-tests"
 SHA = r"(?P<sha>[0-9a-f]{40})"
@@ -35,58 +32,35 @@ STATES = {
 }
 
 
-class FakeForge:
+class FakeForge(LoopbackFake):
     """One of the three. `trouble`: answers to give before the right one: (code, headers), or seconds to sleep."""
 
     def __init__(self, kind: str, repository: str = "acme/digits") -> None:
+        super().__init__()
         self.kind, self.repository = kind, repository
         self.said: list[dict[str, Any]] = []
         self.asked = 0
         self.trouble: list[tuple[int, dict[str, str]] | float] = []
         self.always: tuple[int, dict[str, str]] | None = None
-        self.port = 0
-        self._server: ThreadingHTTPServer | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def words(self) -> list[tuple[str, str]]:
         return [(s["state"], s["description"]) for s in self.said]
 
-    def start(self) -> None:
+    def handler(self) -> type[JsonHandler]:
         forge = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *args: object) -> None: ...
-
+        class Handler(JsonHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 forge.asked += 1
                 trouble = forge.always or (forge.trouble.pop(0) if forge.trouble else None)
                 if isinstance(trouble, float):
                     time.sleep(trouble)
                     trouble = None
                 code, headers, answer = (*trouble, {"message": "no"}) if trouble else forge._take(self, body)
-                text = json.dumps(answer).encode()
-                with contextlib.suppress(ConnectionError):  # who asked did not wait for a slow answer
-                    self.send_response(code)
-                    for name, value in {"Content-Type": "application/json", **headers}.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(text)))
-                    self.end_headers()
-                    self.wfile.write(text)
+                self.answer(code, answer, headers)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self) -> None:
-        if self._server:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        return Handler
 
     def _take(self, request: BaseHTTPRequestHandler, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
         found = ROUTES[self.kind].fullmatch(request.path)
@@ -106,13 +80,3 @@ class FakeForge:
             return 400, {}, {"message": f"Cannot transition status via :enqueue from :{body['state']} (Reason(s): ...)"}
         self.said.append({**body, "sha": found["sha"]})
         return 201, {}, {"id": len(self.said), "state": body["state"]}
-
-
-@contextmanager
-def fake_forge(kind: str) -> Iterator[FakeForge]:
-    forge = FakeForge(kind)
-    forge.start()
-    try:
-        yield forge
-    finally:
-        forge.stop()

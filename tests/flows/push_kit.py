@@ -8,50 +8,35 @@ import json
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from flows.example import create_project
+from tests.flows.loopback_kit import JsonHandler, LoopbackFake
 
 SECRET = b"0123456789abcdef0123456789abcdef"
+HOOK = Path(__file__).resolve().parents[2] / "deployments" / "hooks" / "post-receive"
 
 
-class FakePrefect:
+class FakePrefect(LoopbackFake):
     """The few routes that handing over uses, with Prefect's own rule for idempotency keys.
 
     A fake; tests/flows/triggers uses the real server.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.runs: dict[str, dict[str, Any]] = {}
         self.keys: dict[str, str] = {}
         self.asked = 0  # create_flow_run requests
         self.drop_answers = 0  # how many of them are carried out and then not answered
         self.deployed = True
         self.lock = threading.Lock()
-        self._server: ThreadingHTTPServer | None = None
-        self.port = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
+    def handler(self) -> type[JsonHandler]:
         fake = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *args: object) -> None: ...
-
-            def answer(self, code: int, body: Any) -> None:
-                text = json.dumps(body).encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
+        class Handler(JsonHandler):
             def do_GET(self) -> None:
                 if self.path.startswith("/api/deployments/name/") and not fake.deployed:
                     return self.answer(404, {"detail": "Deployment not found"})
@@ -61,7 +46,7 @@ class FakePrefect:
                 return self.answer(200, {"id": "deployment-1", "name": "laptop"})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 with fake.lock:
                     if self.path.endswith("/create_flow_run"):
                         self._create(body)
@@ -92,30 +77,11 @@ class FakePrefect:
                 found = [r for r in fake.runs.values() if r["state"]["type"] in wanted and tags <= set(r["tags"])]
                 self.answer(200, found)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self) -> None:
-        if self._server:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        return Handler
 
     def started(self) -> list[tuple[str, str]]:
         """(commit, state) of each run, in the order they were asked for."""
         return [(r["parameters"]["rev"], r["state"]["type"]) for r in self.runs.values()]
-
-
-@contextmanager
-def fake_prefect() -> Iterator[FakePrefect]:
-    fake = FakePrefect()
-    fake.start()
-    try:
-        yield fake
-    finally:
-        fake.stop()
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -151,6 +117,12 @@ class Repositories:
         git(root, "clone", "-q", "digits.git", "checkout")
         git(root / "checkout", "remote", "set-url", "origin", "../digits.git")
         return root
+
+    def install_hook(self) -> None:
+        """The shipped post-receive, in the bare repository."""
+        hook = self.bare / "hooks" / "post-receive"
+        hook.write_bytes(HOOK.read_bytes())
+        hook.chmod(0o755)
 
     def head(self, rev: str = "HEAD") -> str:
         return git(self.work, "rev-parse", rev)

@@ -10,7 +10,7 @@ import pytest
 import flows.push_forges
 from deployments.errors import GiveUp
 from flows.push_forges import DESCRIPTION, WORDS, Away, Barred, Repository, Status, shortened
-from tests.flows.forge_kit import STATES, TOKEN, FakeForge, fake_forge
+from tests.flows.forge_kit import STATES, TOKEN, FakeForge
 
 SHA = "a" * 40
 DONE = Status(word="success", description="Retrained: data changed", target_url="https://prefect.example/runs/1")
@@ -18,7 +18,7 @@ DONE = Status(word="success", description="Retrained: data changed", target_url=
 
 @pytest.fixture(params=["github", "gitlab", "gitea"])
 def forge(request: pytest.FixtureRequest) -> Iterator[FakeForge]:
-    with fake_forge(request.param) as fake:
+    with FakeForge(request.param) as fake:
         yield fake
 
 
@@ -47,7 +47,7 @@ def test_each_word_is_one_of_the_forge(forge: FakeForge) -> None:
 
 
 def test_a_group_within_a_group() -> None:
-    with fake_forge("gitlab") as forge:
+    with FakeForge("gitlab") as forge:
         forge.repository = "acme/vision/digits"
         repository(forge, name="acme/vision/digits").post(SHA, DONE)
         assert len(forge.said) == 1
@@ -113,7 +113,7 @@ def test_what_the_forge_will_never_take(forge: FakeForge, code: int) -> None:
 
 @pytest.mark.parametrize("code", [301, 302, 307, 308])
 def test_a_redirect_does_not_get_the_token(forge: FakeForge, code: int) -> None:
-    with fake_forge(forge.kind) as elsewhere:
+    with FakeForge(forge.kind) as elsewhere:
         forge.trouble = [(code, {"Location": f"{elsewhere.url}/x"})]
         with pytest.raises(Barred, match="moved to"):
             repository(forge).post(SHA, DONE)

@@ -8,35 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from flows.push_handover import Target, drain, hand_over, local_push, open_target, sentence, wait_for
 from flows.push_queue import ZERO, Entry, Push
-from tests.flows.push_kit import FakePrefect, Repositories, fake_prefect, git
-
-
-@pytest.fixture
-def prefect() -> Iterator[FakePrefect]:
-    with fake_prefect() as fake:
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Repositories.make_template(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def repos(tmp_path: Path, prefect: FakePrefect, template: Path) -> Repositories:
-    return Repositories(tmp_path, prefect.port, template=template)
-
-
-@pytest.fixture
-def target(repos: Repositories) -> Target:
-    return open_target(str(repos.checkout / "pipeline.toml"), "laptop")
+from tests.flows.push_kit import FakePrefect, Repositories, git
 
 
 def told(target: Target, before: str, after: str, *, body: str = "") -> Entry:
@@ -290,10 +267,7 @@ def test_hand_over_asks_for_the_same_run_again(repos: Repositories, target: Targ
 
 def test_a_real_push_through_the_shipped_hook(repos: Repositories, target: Target, prefect: FakePrefect) -> None:
     """git push -> bare repository -> the shipped post-receive -> reprise hook push; the pusher reads the decision."""
-    hook = repos.bare / "hooks" / "post-receive"
-    shipped = Path(__file__).resolve().parents[2] / "deployments" / "hooks" / "post-receive"
-    hook.write_bytes(shipped.read_bytes())
-    hook.chmod(0o755)
+    repos.install_hook()
     env = {**os.environ, "REPRISE": f"{sys.executable} -m flows", "REPRISE_PIPELINE": str(target.settings.file)}
     text = (repos.work / "pipeline.toml").read_text()
     (repos.work / "pipeline.toml").write_text(text.replace("seed = 7", "seed = 8"))
@@ -308,10 +282,7 @@ def test_a_real_push_through_the_shipped_hook(repos: Repositories, target: Targe
 
 
 def test_a_hook_that_fails_does_not_fail_the_push(repos: Repositories, prefect: FakePrefect) -> None:
-    hook = repos.bare / "hooks" / "post-receive"
-    shipped = Path(__file__).resolve().parents[2] / "deployments" / "hooks" / "post-receive"
-    hook.write_bytes(shipped.read_bytes())
-    hook.chmod(0o755)
+    repos.install_hook()
     repos_env = {**os.environ, "REPRISE": "/no/such/reprise", "REPRISE_PIPELINE": "/no/such/pipeline.toml"}
     git(repos.work, "commit", "-q", "--allow-empty", "-m", "x")
     argv = ["git", "push", "origin", "main"]

@@ -10,13 +10,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.flows.push_kit import FakePrefect, Repositories, fake_prefect, git
-
-HOOK = Path(__file__).resolve().parents[2] / "deployments" / "hooks" / "post-receive"
+from tests.flows.push_kit import HOOK, FakePrefect, Repositories, git
 
 
 class Pusher:
@@ -102,7 +99,7 @@ TABLE: list[Case] = [  # what is pushed, what the pusher reads, runs that it sta
 
 @pytest.fixture(scope="module")
 def prefect() -> Iterator[FakePrefect]:
-    with fake_prefect() as fake:
+    with FakePrefect() as fake:
         yield fake
 
 
@@ -110,8 +107,7 @@ def prefect() -> Iterator[FakePrefect]:
 def pusher(tmp_path_factory: pytest.TempPathFactory, prefect: FakePrefect) -> Pusher:
     template = Repositories.make_template(tmp_path_factory.mktemp("template"))
     repos = Repositories(tmp_path_factory.mktemp("place"), prefect.port, template=template)
-    (repos.bare / "hooks" / "post-receive").write_bytes(HOOK.read_bytes())
-    (repos.bare / "hooks" / "post-receive").chmod(0o755)
+    repos.install_hook()
     git(repos.bare, "config", "reprise.pipeline", str(repos.checkout / "pipeline.toml"))
     git(repos.bare, "config", "reprise.command", f"{sys.executable} -m flows")
     git(repos.work, "branch", "-q", "-M", "main")

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flows.push_handover import Target, drain, open_target, wait_for
 from flows.push_queue import ZERO, Entry, Push
-from tests.flows.push_kit import FakePrefect, Repositories, fake_prefect, git
-
-
-@pytest.fixture
-def prefect() -> Iterator[FakePrefect]:
-    with fake_prefect() as fake:
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Repositories.make_template(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def repos(tmp_path: Path, prefect: FakePrefect, template: Path) -> Repositories:
-    return Repositories(tmp_path, prefect.port, template=template)
-
-
-@pytest.fixture
-def target(repos: Repositories) -> Target:
-    return open_target(str(repos.checkout / "pipeline.toml"), "laptop")
+from tests.flows.push_kit import FakePrefect, Repositories, git
 
 
 def told(target: Target, before: str, after: str) -> Entry:

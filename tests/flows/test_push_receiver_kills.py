@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 from flows.push_handover import open_target
-from tests.flows.push_kit import SECRET, FakePrefect, Repositories, fake_prefect, payload, signed
+from tests.flows.push_kit import SECRET, FakePrefect, Repositories, payload, signed
 
 PROGRAM = Path(__file__).with_name("killed_receiver.py")
 
@@ -123,7 +123,7 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
-    with fake_prefect() as prefect:
+    with FakePrefect() as prefect:
         made = Setting(tmp_path_factory.mktemp("kills"), prefect)
         yield made
         made.forks.close()

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ import flows.push_status
 from flows.push_handover import Target, drain, open_target
 from flows.push_queue import Entry, Push, State
 from flows.push_status import PATIENCE, StatusLog, report, report_forever, repository_of, status_of
-from tests.flows.forge_kit import TOKEN, FakeForge, fake_forge
-from tests.flows.push_kit import FakePrefect, Repositories, fake_prefect
+from tests.flows.forge_kit import TOKEN, FakeForge
+from tests.flows.push_kit import FakePrefect, Repositories
 
 NOW = 1_800_000_000.0
 
@@ -71,25 +70,9 @@ def test_a_push_that_waits_long_says_so() -> None:
 
 
 @pytest.fixture
-def prefect() -> Iterator[FakePrefect]:
-    with fake_prefect() as fake:
-        yield fake
-
-
-@pytest.fixture
 def forge() -> Iterator[FakeForge]:
-    with fake_forge("github") as fake:
+    with FakeForge("github") as fake:
         yield fake
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Repositories.make_template(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def repos(tmp_path: Path, prefect: FakePrefect, template: Path) -> Repositories:
-    return Repositories(tmp_path, prefect.port, template=template)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.flows.forge_kit import fake_forge
+from tests.flows.forge_kit import FakeForge
 from tests.flows.push_kit import payload, signed
 from tests.flows.triggers.laptop_kit import Project, Receiver, decided, pushed_runs, until
 
@@ -70,7 +70,7 @@ def test_the_decision_is_said_at_the_forge(project: Project, receiver: Receiver)
     """Pending while it trains, success with the decision when it is done, and documentation at once."""
     file = project.folder / "pipeline.toml"
     before_it = file.read_text()
-    with fake_forge("gitea") as forge:
+    with FakeForge("gitea") as forge:
         receiver.kill()
         file.write_text(f'{before_it}\n[push.status]\nforge = "gitea"\nurl = "{forge.url}"\n')
         receiver.start()
