@@ -19,6 +19,15 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ending:
+    """What the place, or somebody by `stop`, ends a workload for. `error` is raised in place of an outcome."""
+
+    cause: Cause
+    reason: str  # "": its pods tell why
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """How it ended, and which pod decided that. Times are unix seconds."""
 

@@ -4,59 +4,35 @@ Created, or adopted when it is there already. Then every change of the object or
 object has ended and nothing of it runs any more: a training that failed because one pod was taken still has pods, which
 are told to leave (with their grace, so that they save) and waited for. What is deleted by somebody else's hand is made
 again, once. Whatever is raised while waiting leaves the workload running: stop it, or ask for it again.
-Not covered: what an end is called (cluster_outcome.py), words for what holds a pod (pod_diagnosis.py), manifests.
+Not covered: what keeps it from starting (cluster_start.py), what an end is called (cluster_outcome.py), manifests.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments.cluster_creation import Creation
-from deployments.cluster_outcome import judge
-from deployments.errors import PreflightError
+from deployments.cluster_outcome import Ending, judge
+from deployments.cluster_result import result_of
+from deployments.cluster_start import Start
 from deployments.job_status import end_of, is_suspended
 from deployments.kube_watch import Following, is_gone, uid_of
-from deployments.manifests import (
-    CONTAINERS,
-    ENDING_ANNOTATION,
-    KEY_LABEL,
-    WORKLOAD_LABEL,
-    Manifest,
-    labels_of,
-)
+from deployments.manifests import CONTAINERS, ENDING_ANNOTATION, KEY_LABEL, WORKLOAD_LABEL, Manifest, labels_of
 from deployments.node_memory import NodeMemory
 from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
-from deployments.pod_diagnosis import FATAL, HOPELESS, Waiting, not_created, waiting
 from deployments.pod_log import LogFeed
 from deployments.preflight import otherwise
-from deployments.workload import Cause, Outcome, Workload
+from deployments.workload import Outcome, Workload
 
 if TYPE_CHECKING:
     from deployments.cluster import Cluster
 
 Json = dict[str, Any]
 LOOK_SECONDS = 5.0  # at least that often, for what no event tells: deadlines
-TELL_SECONDS = 5.0  # a pod that waits for longer is told of
-EVENTS_SECONDS = 15.0  # when events are first asked for, then more rarely, while no status tells why it does not start
-RESULT_SECONDS = 5.0  # a file on a network volume may come into sight late
 SETTLE_SECONDS = 2.0  # how far the watch of pods may lag behind that of their owners; a pod tells its exit code last
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ending:
-    """What we, or somebody by `stop`, are ending the workload for. `error` is raised in place of an outcome."""
-
-    cause: Cause
-    reason: str
-    error: Exception | None = None
 
 
 class ClusterRun:
@@ -85,10 +61,7 @@ class ClusterRun:
         self.nodes = NodeMemory(cluster.node)
         folder = cluster.make_folder(workload.name)
         self.feed = LogFeed(cluster.api, cluster.pod_path(""), self.container, event, on_line, folder)
-        self._told, self._waiting_since, self._suspended_at = "", 0.0, 0.0
-        self._old: set[str] = set()  # uids of pods from before a suspension
-        self._events_at, self._events_every = 0.0, EVENTS_SECONDS
-        self._held_by_event: Waiting | None = None
+        self.start = Start(cluster, workload, self.feed.say)
         self._rest_at = 0.0
         self._gone_at = 0.0  # when the object was found gone, though no pod of it has been seen
 
@@ -111,7 +84,7 @@ class ClusterRun:
         age = time.time() - self.created
         limits = (self.workload.deadline_seconds, self.workload.start_seconds)
         due = [limit - age + 0.05 for limit in limits if limit is not None and limit > age]
-        watched = self.ending or self._rest_at or self._waiting_since or self.checked
+        watched = self.ending or self._rest_at or self.start.waits or self.checked
         return max(0.05, min([LOOK_SECONDS, *due, 0.5 if watched else LOOK_SECONDS]))
 
     def _create_or_adopt(self) -> None:
@@ -193,55 +166,16 @@ class ClusterRun:
             self.pods.put(pod)
 
     def _limits(self, item: Json, pods: list[Json]) -> None:
-        """What the place does to a workload that goes on: deadline, no capacity, a start that cannot be, a lost pod."""
-        age = time.time() - self.created
-        limit, patience = self.workload.deadline_seconds, self.workload.start_seconds
-        if limit is not None and age > limit:
+        """What the place does to a workload that goes on: its deadline, a lost pod, a start that cannot be."""
+        limit = self.workload.deadline_seconds
+        if limit is not None and time.time() - self.created > limit:
             return self._end(Ending(cause="deadline", reason=f"longer than its {limit:g} s"))
-        if is_suspended(item):
-            self._suspended_at = time.time()
-            self._old |= {uid_of(p) for p in pods}
-            held: Waiting | None = Waiting(reason="Suspended", sentence="it is suspended, by its queue or a person")
-        else:
-            pods = [p for p in pods if uid_of(p) not in self._old]
-            if self.training and self._lost_one(pods):
-                return self._end(None)
-            held = self._held(item, [p for p in pods if not is_gone(p)])
-        if held is None:
-            self._told, self._waiting_since = "", 0.0
-        else:
-            self._waiting_since = self._waiting_since or time.time()
-            since = time.time() - self._waiting_since
-            if since > TELL_SECONDS or held.reason in HOPELESS:
-                self._tell(held.sentence)
-            if held.reason in HOPELESS or (held.reason in FATAL and since > self.cluster.start_patience):
-                error = PreflightError(f"{self.workload.name} cannot start: {held.sentence}")
-                return self._end(Ending(cause="user_error", reason=held.sentence, error=error))
-        replicas = self.workload.replicas if self.training else 1
-        started = len([p for p in pods if is_scheduled(p)]) >= replicas
-        waited = time.time() - max(self.created, self._suspended_at)  # a place in a queue is no want of a node
-        if patience is not None and not started and waited > patience:
-            why = held.sentence if held else "no pod was scheduled"
-            self._end(Ending(cause="no_capacity", reason=f"no node within {patience:g} s: {why}"))
+        pods = self.start.current(item, pods)
+        if self.training and not is_suspended(item) and self._lost_one(pods):
+            return self._end(Ending(cause="node_lost", reason=""))  # its pods tell why
+        if (ending := self.start.look(item, pods, self.created)) is not None:
+            self._end(ending)
         return None
-
-    def _held(self, item: Json, pods: list[Json]) -> Waiting | None:
-        """What keeps it from starting; the events are asked for when the pods' status does not tell."""
-        found = next((w for p in pods if (w := waiting(p))), None)
-        running = pods and all(_phase(p) != "Pending" for p in pods)
-        if found is not None or running:
-            self._events_at, self._events_every = 0.0, EVENTS_SECONDS
-            return found
-        now = time.monotonic()
-        self._events_at = self._events_at or now + EVENTS_SECONDS
-        if now > self._events_at:
-            self._events_every = min(8 * EVENTS_SECONDS, 2 * self._events_every)
-            self._events_at, self._held_by_event = now + self._events_every, None
-            for about in pods or [item]:
-                kind = "Pod" if pods else ("PyTorchJob" if self.training else "Job")
-                events = self.cluster.events_about(kind, about["metadata"]["name"])
-                self._held_by_event = self._held_by_event or (waiting(about, events) if pods else not_created(events))
-        return self._held_by_event
 
     def _lost_one(self, pods: list[Json]) -> bool:
         """Whether a pod vanished without the operator having seen it fail: it would start it again in this attempt."""
@@ -255,9 +189,9 @@ class ClusterRun:
             return False
         return True
 
-    def _end(self, ending: Ending | None) -> None:
-        """Delete the object, its pods with their grace. None: the attempt has ended by itself, its pods tell why."""
-        self.ending = ending or Ending(cause="node_lost", reason="")
+    def _end(self, ending: Ending) -> None:
+        """Delete the object, its pods with their grace."""
+        self.ending = ending
         self.api.delete(self.path, uid=self.uid)
 
     def _end_rest(self, pods: list[Json], *, at_once: bool) -> None:
@@ -299,13 +233,6 @@ class ClusterRun:
         self.event.set()
         return None
 
-    def _tell(self, text: str) -> None:
-        """Say what it waits for, once, and again when it changes by more than numbers."""
-        plain = re.sub(r"\d+", "", text)
-        if plain != self._told:
-            self._told = plain
-            self.feed.say(f"waiting: {text}")
-
     def _finish(self, item: Json, pods: list[Json], ending: Ending | None) -> Outcome:
         """The outcome of a workload of which nothing runs any more. Raises the error of an ending that is one."""
         if ending is not None and ending.error is not None:
@@ -325,6 +252,8 @@ class ClusterRun:
         if verdict.cause == "user_error":
             self.feed.add_tail(next(p for p in pods if p["metadata"]["name"] == verdict.pod))
         self.feed.deliver()
+        folder = self.cluster.local_folder(self.workload.name)
+        writes = any("{result}" in part for part in self.workload.command)
         command = f"kubectl logs -n {self.cluster.settings.namespace} -l {WORKLOAD_LABEL}={self.workload.name}"
         return Outcome(
             name=self.workload.name,
@@ -333,7 +262,9 @@ class ClusterRun:
             reason=verdict.reason,
             started=verdict.started,
             ended=verdict.ended,
-            result=self._result(pods, expected=verdict.cause == "complete"),
+            result=result_of(
+                pods, container=self.container, folder=folder, expected=writes and verdict.cause == "complete"
+            ),
             adopted=self.adopted,
             notice=verdict.notice,
             node=verdict.node,
@@ -351,23 +282,6 @@ class ClusterRun:
                     found += self.cluster.events_about("Node", pod["spec"]["nodeName"])
         return found
 
-    def _result(self, pods: list[Json], *, expected: bool) -> Json | None:
-        """What the program wrote: the pod's termination message if it is whole, else the file on the state volume."""
-        for pod in pods:
-            with contextlib.suppress(ValueError):
-                message = json.loads(exit_of(pod, self.container).get("message") or "")
-                if isinstance(message, dict) and "ok" in message:
-                    return message
-        folder = self.cluster.local_folder(self.workload.name)
-        expected = expected and any("{result}" in part for part in self.workload.command)
-        until = time.monotonic() + (RESULT_SECONDS if expected else 0.0)
-        while folder is not None:
-            found = _read(folder / "result.json")
-            if found is not None or time.monotonic() > until:
-                return found
-            time.sleep(0.1)
-        return None
-
 
 def _told_to_end(item: Json) -> Ending | None:
     """What `stop` wrote into the object before it deleted it."""
@@ -377,15 +291,3 @@ def _told_to_end(item: Json) -> Ending | None:
 
 def _owner(pod: Json) -> str:
     return next((str(o["uid"]) for o in pod["metadata"].get("ownerReferences") or () if o.get("controller")), "")
-
-
-def _phase(pod: Json) -> str:
-    return str((pod.get("status") or {}).get("phase"))
-
-
-def _read(path: Path) -> Json | None:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
