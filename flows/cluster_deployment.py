@@ -5,6 +5,7 @@
 
 The pod of a flow knows of the user's machine only what stands here: the text of cluster.toml and the git URL, as
 environment, and parameters. Everything else comes out of the image and the project's commit; Prefect pulls no code.
+Beside it stand `rollback/<pipeline>` and `ask/<pipeline>`, made when they are first wanted (flows.ask).
 Not covered: the pool's job template (deployments/k8s/base/pool.json), a laptop (flows.triggers).
 """
 
@@ -24,7 +25,7 @@ from flows.settings import PipelineSettings
 from flows.triggers import ENTRYPOINT, HEARTBEAT_SECONDS, OVERLAP, cron_of
 
 PLACE = "cluster"
-WORKDIR = "/app"  # of the flow image
+PULL_STEPS = [{"prefect.deployments.steps.set_working_directory": {"directory": "/app"}}]  # of the flow image
 
 
 def register_on_cluster(prefect: Prefect, pipeline: PipelineSettings, settings: ClusterSettings, *, git: str) -> str:
@@ -47,20 +48,40 @@ def _check_pool(prefect: Prefect, settings: ClusterSettings) -> None:
 
 def register_rollback(prefect: Prefect, pipeline: PipelineSettings, settings: ClusterSettings) -> str:
     """Create or renew the deployment `rollback/<pipeline>`; returns its id. Raises as `register_on_cluster`."""
-    _check_pool(prefect, settings)
-    flow = prefect.call("POST", "/flows/", {"name": "rollback"})
-    body = {
-        "flow_id": flow["id"],
-        "name": pipeline.name,
+    more = {
         "description": f"An earlier version of `{pipeline.name}` back in service; empty: the one before.",
-        "tags": ["reprise", pipeline.name],
         "entrypoint": "flows.rollback_flow.rollback_on_cluster",
-        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": WORKDIR}}],
-        "work_pool_name": settings.place.work_pool,
         "job_variables": job_variables(pipeline.name, settings, git=""),
         "parameters": {"soak": pipeline.serve.soak, "place": PLACE},
         "concurrency_limit": 1,
         "concurrency_options": {"collision_strategy": "ENQUEUE"},
+    }
+    return _register_beside(prefect, "rollback", pipeline, settings, more)
+
+
+def register_ask(prefect: Prefect, pipeline: PipelineSettings, settings: ClusterSettings, *, git: str) -> str:
+    """The deployment `ask/<pipeline>`, as `register_rollback`; any number of questions at once. `git`: for plans."""
+    more = {
+        "description": f"Questions about `{pipeline.name}`: `reprise plan`, `trace`, `who-uses`, `audit`.",
+        "entrypoint": "flows.ask_flow.ask_on_cluster",
+        "job_variables": job_variables(pipeline.name, settings, git=git),
+        "parameters": {"place": PLACE},
+    }
+    return _register_beside(prefect, "ask", pipeline, settings, more)
+
+
+def _register_beside(
+    prefect: Prefect, flow: str, pipeline: PipelineSettings, settings: ClusterSettings, more: dict[str, Any]
+) -> str:
+    """A deployment of the pool for another flow than `retrain`."""
+    _check_pool(prefect, settings)
+    body = {
+        "flow_id": prefect.call("POST", "/flows/", {"name": flow})["id"],
+        "name": pipeline.name,
+        "tags": ["reprise", pipeline.name],
+        "pull_steps": PULL_STEPS,
+        "work_pool_name": settings.place.work_pool,
+        **more,
     }
     return str(prefect.call("POST", "/deployments/", body)["id"])
 
@@ -76,7 +97,7 @@ def cluster_deployment(pipeline: PipelineSettings, settings: ClusterSettings, *,
         "Whatever is done for the same inputs is reused.",
         "tags": ["reprise", pipeline.name],
         "entrypoint": ENTRYPOINT,
-        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": WORKDIR}}],
+        "pull_steps": PULL_STEPS,
         "work_pool_name": settings.place.work_pool,
         "job_variables": job_variables(pipeline.name, settings, git=git),
         "parameters": {"pipeline": file, "place": PLACE},

@@ -13,9 +13,10 @@ from typing import Any
 from deployments.errors import ConfigError, PreflightError
 from flows.display import next_commands, say, seconds, show_json, table
 from flows.execute import execute, resumed, summary
+from flows.laptop_only import laptop_only
 from flows.place import is_cluster
 from flows.run import FINISHED
-from flows.start import Order, pipeline_file, prepare, where
+from flows.start import Order, pipeline_file, there, where
 
 
 def run_pipeline(order: Order, *, as_json: bool, detach: bool = False) -> None:
@@ -40,8 +41,8 @@ def _run_on_cluster(order: Order, *, as_json: bool, detach: bool) -> None:
     if not detach:
         _finish(document, as_json=as_json, took=time.perf_counter() - began)
         if not as_json:
-            there = f"{document['run']} --place {order.place}"
-            next_commands(f"reprise show {there}", f"reprise logs {there}")
+            run = f"{document['run']}{there(order)}"
+            next_commands(f"reprise show {run}", f"reprise logs {run}")
     elif as_json:
         show_json(document)
 
@@ -105,27 +106,16 @@ def cancel_and_tell(order: Order, run: str) -> None:
 
 def show_plan(order: Order, *, as_json: bool) -> None:
     """`reprise plan`"""
-    plan = prepare(order).plan()
+    from flows.ask import ask, plan_question
+
+    plan = ask(order, plan_question(order), quiet=as_json)
     if as_json:
-        steps = [
-            {"name": s.name, "key": s.key, "reused": s.reused, "reason": s.reason, "inputs": s.inputs}
-            for s in plan.steps.values()
-        ]
-        show_json(
-            {
-                "pipeline": plan.pipeline.name,
-                "git_sha": plan.git_sha,
-                "data_digest": plan.data.digest,
-                "code_digest": plan.code_digest,
-                "unchanged": plan.unchanged,
-                "steps": steps,
-            }
-        )
+        show_json(plan)
         return
-    say(f"{plan.pipeline.name} at {plan.git_sha[:12]}, data {plan.data.digest[:12]} ({plan.data.nfiles} files)")
-    rows = [[s.name, "reused" if s.reused else "runs", s.reason, s.key[:12]] for s in plan.steps.values()]
+    say(f"{plan['pipeline']} at {plan['git_sha'][:12]}, data {plan['data_digest'][:12]} ({plan['data_files']} files)")
+    rows = [[s["name"], "reused" if s["reused"] else "runs", s["reason"], s["key"][:12]] for s in plan["steps"]]
     table(["step", "", "why", "key"], rows)
-    next_commands("reprise run" + (f" --rev {order.rev}" if order.rev != "HEAD" else ""))
+    next_commands("reprise run" + (f" --rev {order.rev}" if order.rev != "HEAD" else "") + there(order))
 
 
 def start_services(*, pipeline: str, place: str) -> None:
@@ -133,7 +123,9 @@ def start_services(*, pipeline: str, place: str) -> None:
     from flows.services import ensure_services, restore_endpoints
     from flows.trigger_commands import ensure_serving
 
-    file, settings, store = where(Order(pipeline=pipeline, place=place))
+    order = Order(pipeline=pipeline, place=place)
+    laptop_only(order, "up")
+    file, settings, store = where(order)
     urls = ensure_services(settings)
     restored = restore_endpoints(settings, store)
     serving = ensure_serving(file, settings)
@@ -151,7 +143,9 @@ def stop_services(*, pipeline: str, place: str) -> None:
     from deployments.services import down
     from flows.trigger_commands import stop_serving
 
-    _, settings, _ = where(Order(pipeline=pipeline, place=place))
+    order = Order(pipeline=pipeline, place=place)
+    laptop_only(order, "down")
+    _, settings, _ = where(order)
     runner = Laptop(settings.state / "jobs")
     served = stop_serving(settings)  # first: its flows tell their trainers to save
     for folder in sorted((settings.state / "jobs").glob("*")):
@@ -174,8 +168,7 @@ def roll_back(order: Order, to: str, *, as_json: bool) -> None:
         return
     say(f"{document['pipeline']}: version {document['version']} is in service again (was {document['previous']})")
     say(document["url"])
-    there = f" --place {order.place}" if order.place != "laptop" else ""
-    next_commands(f"reprise runs{there}", f"reprise run{there}")
+    next_commands(f"reprise runs{there(order)}", f"reprise run{there(order)}")
 
 
 def show_findings(order: Order, *, as_json: bool) -> None:

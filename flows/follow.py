@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.errors import WORDS, GiveUp, StepError, TryAgain
+from deployments.errors import WORDS, GiveUp, StepError, TryAgain, Unreachable
 from flows.cluster_settings import ClusterSettings
 from flows.display import say
 from flows.execute import Interrupted
@@ -25,9 +25,9 @@ from flows.zombies import SILENCE
 
 POLL_SECONDS = 1.0
 AWAY_SECONDS = 300.0  # that Prefect may be away while a run is followed
-WAITING_SECONDS = 20.0  # a run that no worker takes is told of
 STOPPED_SECONDS = 15.0  # from the run's own word that it is cancelled to Prefect's
 SILENT_SECONDS = 600.0  # a lost node: until its pods are evicted, and another node is there
+BEFORE = ("SCHEDULED", "PENDING")
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _RAISED = re.compile(r"(?:Flow run encountered an exception: )?(\w+): (.*)", re.DOTALL)
 
@@ -40,11 +40,14 @@ class Follower:
     flow_run: str
     settings: ClusterSettings
     quiet: bool
+    command: str = "run"  # of `reprise`, that asked for it
+    patience: float | None = None  # seconds until it has begun; None: however long that takes
     document: dict[str, Any] = field(default_factory=dict)
     cancelled: bool = False
     told: str = ""
     silent_since: float | None = None  # monotonic
     stopped_since: float | None = None
+    began: float = field(default_factory=time.monotonic)
 
     def follow(self) -> dict[str, Any]:
         """Until it ends. Ctrl-C cancels the run and goes on watching; a second one leaves it."""
@@ -128,21 +131,36 @@ class Follower:
         if text != self.told and not self.quiet:
             say(text, style="dim")
         self.told = text
+        if self.patience is not None and state["type"] in BEFORE and time.monotonic() - self.began > self.patience:
+            self._give_up(name, message)
 
     def _cancel(self) -> None:
         self.cancelled = True
-        say("cancelling; its training saves first (Ctrl-C again leaves it)", style="yellow")
-        self.prefect.set_state(self.flow_run, "CANCELLING", "Cancelling", "Cancelled by `reprise run`.")
+        first = "; its training saves first" if self.command == "run" else ""
+        say(f"cancelling{first} (Ctrl-C again leaves it)", style="yellow")
+        self.prefect.set_state(self.flow_run, "CANCELLING", "Cancelling", f"Cancelled by `reprise {self.command}`.")
+
+    def _give_up(self, name: str, message: str) -> None:
+        """Nobody waits for it any more, so it must not begin later."""
+        self.prefect.set_state(self.flow_run, "CANCELLING", "Cancelling", "It did not begin in time.")
+        raise Unreachable(
+            f"`reprise {self.command}`: flow run {self.flow_run} did not begin within {self.patience:g} s, it is {name}"
+            + (f": {message}" if message else "")
+            + f"; whether the worker and the pod come up: kubectl -n reprise-services get pods, kubectl -n "
+            f"{self.settings.place.namespace} get pods"
+        )
 
     def _ended(self, state: dict[str, Any]) -> dict[str, Any]:
         """The document of a run that did what was asked; its error, with its exit code, otherwise."""
         if state["type"] == "COMPLETED":
             return self.document
         run = self.document.get("run", f"flow run {self.flow_run}")
+        goes_on = "goes on where it was" if self.command == "run" else "asks again"
+        again = f"`reprise {self.command} --place cluster` {goes_on}"
         if state["type"] == "CANCELLED" or self.cancelled:
-            raise Interrupted(f"{run}: cancelled; `reprise run --place cluster` goes on where it was")
+            raise Interrupted(f"{run}: cancelled; {again}")
         if state["type"] == "CRASHED":
-            raise TryAgain(f"{run}: its flow crashed: {state.get('message')}; `reprise run --place cluster` goes on")
+            raise TryAgain(f"{run}: its flow crashed: {state.get('message')}; {again}")
         raise self._failure(str(state.get("message") or state["name"]))
 
     def _failure(self, message: str) -> StepError:

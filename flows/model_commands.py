@@ -1,7 +1,7 @@
 """`reprise trace`, `who-uses`, `audit`, `tune-serving`, `verify-resume`: questions about models and what serves them.
 
-Each asks the modules that know (tasks.lineage, tasks.audit_endpoint, tasks.tune_serving, flows.verify) and shows the
-answer. Not covered: parsing the command line (flows.__main__).
+Each asks whoever knows (flows.ask, tasks.tune_serving, flows.verify) and shows the answer, which is the same on a
+cluster for the first three. Not covered: parsing the command line (flows.__main__).
 """
 
 from __future__ import annotations
@@ -10,91 +10,95 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deployments.errors import GiveUp
+from flows.ask import ask, audit_question, trace_question
 from flows.display import next_commands, say, show_json, table
-from flows.services import service_urls
+from flows.laptop_only import laptop_only
+from flows.questions import UsesQuestion
 from flows.settings import load_pipeline
-from flows.start import Order, where
+from flows.start import Order, there, where
 
 
 def show_trace(order: Order, what: str, *, as_json: bool) -> None:
     """`reprise trace`: version -> run -> attempts -> DVC digest -> commit."""
-    from tasks.lineage import trace
-
-    file, place, store = where(order)
-    found = trace(service_urls(place)["mlflow"], load_pipeline(file).name, what or "champion", store=store)
+    found = ask(order, trace_question(order, what), quiet=as_json)
     if as_json:
-        show_json(asdict(found))
+        show_json(found)
         return
-    say(f"{found.model} version {found.version}" + (", in service" if found.in_service else ""), style="bold")
+    say(f"{found['model']} version {found['version']}" + (", in service" if found["in_service"] else ""), style="bold")
     rows = [
-        ["gate", found.gate],
-        ["metrics", ", ".join(f"{k} {v:.4g}" for k, v in sorted(found.metrics.items()))],
-        ["run", f"{found.run} (MLflow run {found.run_id})"],
-        ["attempts", f"{found.attempt_count}, {found.interruption_count} interruptions"],
-        ["data", found.data_digest],
-        ["code", found.code_digest],
-        ["commit", found.git_sha],
-        ["MLflow", found.model_url],
-        *([["gap", gap] for gap in found.gaps]),
+        ["gate", found["gate"]],
+        ["metrics", ", ".join(f"{k} {v:.4g}" for k, v in sorted(found["metrics"].items()))],
+        ["run", f"{found['run']} (MLflow run {found['run_id']})"],
+        ["attempts", f"{found['attempt_count']}, {found['interruption_count']} interruptions"],
+        ["data", found["data_digest"]],
+        ["code", found["code_digest"]],
+        ["commit", found["git_sha"]],
+        ["MLflow", found["model_url"]],
+        *([["gap", gap] for gap in found["gaps"]]),
     ]
     for name, value in rows:
         say(f"{name:<10} {value}")
-    if found.attempts:
+    if attempts := found["attempts"]:
         table(
             ["attempt", "cause", "steps", "reason"],
-            [[str(a.number), a.cause, f"{a.from_step}-{a.reached_step}", a.reason] for a in found.attempts],
+            [[str(a["number"]), a["cause"], f"{a['from_step']}-{a['reached_step']}", a["reason"]] for a in attempts],
         )
-    next_commands(f"reprise show {found.run}", f"reprise who-uses {found.data_digest[:12]}")
+    next_commands(
+        f"reprise show {found['run']}{there(order)}", f"reprise who-uses {found['data_digest'][:12]}{there(order)}"
+    )
 
 
 def show_uses(order: Order, digest: str, *, as_json: bool) -> None:
     """`reprise who-uses`: the model versions trained on these data."""
-    from tasks.lineage import who_uses
+    from tasks.lineage import check_digest
 
-    _, place, _ = where(order)
-    uses = who_uses(service_urls(place)["mlflow"], digest)
+    check_digest(digest)  # before a pod is started for it
+    uses = ask(order, UsesQuestion(digest=digest), quiet=as_json)["uses"]
     if as_json:
-        show_json([asdict(use) for use in uses])
+        show_json(uses)
         return
     if not uses:
         say(f"no model version was trained on data {digest}")
         return
-    rows = [[u.model, u.version, ", ".join(u.aliases), u.gate, u.run, u.git_sha[:12], u.data_digest[:12]] for u in uses]
-    table(["model", "version", "aliases", "gate", "run", "commit", "data"], rows)
-    next_commands(f"reprise trace {uses[0].version}")
+    names = ("model", "version", "aliases", "gate", "run", "commit", "data")
+    rows = [
+        [
+            u["model"],
+            u["version"],
+            ", ".join(u["aliases"]),
+            u["gate"],
+            u["run"],
+            u["git_sha"][:12],
+            u["data_digest"][:12],
+        ]
+        for u in uses
+    ]
+    table(names, rows)
+    next_commands(f"reprise trace {uses[0]['version']}{there(order)}")
 
 
 def audit(order: Order, *, repair: bool, as_json: bool) -> None:
     """`reprise audit`: whether alias, endpoint and archive say the same. Raises GiveUp if they do not."""
-    from tasks.audit_endpoint import AuditRequest, audit_endpoint
-
-    file, place, store = where(order)
-    urls, name = service_urls(place), load_pipeline(file).name
-    found = audit_endpoint(
-        AuditRequest(
-            pipeline=name,
-            management_url=urls["management"],
-            inference_url=urls["inference"],
-            tracking_uri=urls["mlflow"],
-            record=str(store.path / "endpoints"),
-            repair=repair,
-        )
-    )
+    found = ask(order, audit_question(order, repair=repair), quiet=as_json)
+    name = found["pipeline"]
     if as_json:
-        show_json(asdict(found))
+        show_json(found)
     else:
-        served = f"version {found.version} ({found.label})" if found.version else "nothing"
-        say(f"{name}: {served} in service" + (", repaired" if found.repaired else ""))
-        if found.findings:
-            table(["what", "found", "expected"], [[f.what, f.found, f.expected] for f in found.findings])
-    if not found.clean:
-        raise GiveUp(f"{name}: alias, endpoint and archive do not agree; `reprise audit --repair` makes them")
+        served = f"version {found['version']} ({found['label']})" if found["version"] else "nothing"
+        say(f"{name}: {served} in service" + (", repaired" if found["repaired"] else ""))
+        if found["findings"]:
+            rows = [[f["what"], f["found"], f["expected"]] for f in found["findings"]]
+            table(["what", "found", "expected"], rows)
+    if not found["clean"]:
+        mend = f"reprise audit --repair{there(order)}"
+        raise GiveUp(f"{name}: alias, endpoint and archive do not agree; `{mend}` makes them")
 
 
 def tune(order: Order, *, concurrency: int, seconds: float, as_json: bool) -> None:
     """`reprise tune-serving`: batch size, delay and workers measured on this machine; writes [serve] and a picture."""
     from tasks.tune_serving import TuneRequest, tune_serving
 
+    laptop_only(order, "tune-serving")
     file, place, store = where(order)
     pipeline = load_pipeline(file)
     serving = (store.read(f"endpoints/{pipeline.name}") or {}).get("serving")
@@ -137,6 +141,7 @@ def prove_resume(order: Order, *, kills: int, seed: int, as_json: bool) -> None:
     """`reprise verify-resume`: the certificate that interruptions change nothing."""
     from flows.verify import verify_resume
 
+    laptop_only(order, "verify-resume")
     certificate = verify_resume(order, kills=kills, seed=seed, quiet=as_json)
     if as_json:
         show_json(certificate)

@@ -17,9 +17,10 @@ from flows.setting_types import CountOrZero, Duration, Memory, OptionalMemory, P
 from flows.settings_errors import SettingsText, check, did_you_mean, read_file, read_toml
 
 NO_CLUSTER = (
-    "this command is for a laptop; what works on a cluster: `reprise run`, `reprise runs`, `reprise show`, "
-    "`reprise logs`, `reprise resume`, `reprise cancel`, `reprise rollback`, `reprise deploy`, `reprise hook`, "
-    "`reprise preflight`, `reprise render`, `reprise gpu`, `reprise doctor`; all other commands need --place laptop"
+    "this command is for a laptop; what works on a cluster: `reprise run`, `reprise plan`, `reprise runs`, "
+    "`reprise show`, `reprise logs`, `reprise resume`, `reprise cancel`, `reprise rollback`, `reprise audit`, "
+    "`reprise trace`, `reprise who-uses`, `reprise deploy`, `reprise hook`, `reprise preflight`, `reprise render`, "
+    "`reprise gpu`, `reprise doctor`; all other commands need --place laptop"
 )
 KINDS = ("laptop", "cluster")
 PLACES = Path(__file__).resolve().parent.parent / "deployments"  # the places shipped with Reprise

@@ -49,7 +49,7 @@ def rollback(order: Order, to: str) -> dict[str, Any]:
 
 def _on_cluster(order: Order, to: str) -> dict[str, Any]:
     """A flow there does it (flows.rollback_flow); followed until it ends."""
-    from flows.submit import ask_for_rollback
+    from flows.ask import ask_for_rollback
 
     return ask_for_rollback(order, to)
 

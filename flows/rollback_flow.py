@@ -7,17 +7,15 @@ It needs neither the project nor its remote, so that it works when those are the
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime, task
 
 from deployments.errors import GiveUp
-from deployments.workload import Workload
-from flows.place import Place, open_place
+from flows.lone_step import LoneStep
+from flows.place import open_place
 from flows.prefect_api import Prefect
-from flows.program import judge
 from flows.run_mirror import tell
 from tasks.deploy_model import RollbackRequest
 
@@ -40,26 +38,14 @@ async def rollback_on_cluster(to: str = "", soak: float = 1.0, place: str = "clu
         cluster=here.target,
     )
 
+    lone = LoneStep(place=here, name="roll_back", flow_run=flow_run)
+
     @task(name="roll_back", task_run_name="roll_back")
     async def step() -> dict[str, Any]:
-        return await asyncio.to_thread(_run, here, request, flow_run)
+        with lone.ending():
+            return await asyncio.to_thread(lone.run, request, pipeline=name)
 
     endpoint = await step()
     answer = {"pipeline": name, "was": serving["version"], **endpoint}
     tell(Prefect(url=here.urls["prefect"]), flow_run, answer)
-    return answer
-
-
-def _run(here: Place, request: RollbackRequest, flow_run: str) -> dict[str, Any]:
-    """The step's program, named after the flow run: a flow that comes again adopts it."""
-    workload = Workload(
-        name=f"roll-back-{flow_run[:23]}",
-        image="step",
-        command=("python", "-m", "tasks.step", "roll_back", "{request}", "{result}"),
-        request=asdict(request),
-        resources=here.wanted("deploy_model"),
-        account="deploy",
-        labels={"pipeline": request.pipeline, "step": "roll_back"},
-    )
-    answer: dict[str, Any] = judge(here.runner().run(workload), "roll_back")["result"]
     return answer

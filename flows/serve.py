@@ -20,16 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import ConfigError, StepError
+from deployments.errors import StepError
 from deployments.processes import SERVICE_MARK
 from deployments.service_launches import Service
-from flows.cluster_settings import ClusterSettings
 from flows.display import say
+from flows.laptop_only import laptop_only
 from flows.prefect_api import Prefect
 from flows.push_handover import Target, drain_forever, open_target
 from flows.push_status import report_forever
 from flows.services import prefect_environment
 from flows.settings import PlaceSettings
+from flows.start import Order
 from flows.triggers import pool_name
 from flows.zombies import sweep
 from tasks.records import Store
@@ -41,10 +42,10 @@ END_SECONDS = 26.0  # for flows that were told to end
 
 def serve(pipeline: str, place: str) -> None:
     """Run until SIGTERM or Ctrl-C. Raises TryAgain if Prefect is not there, ConfigError for a cluster."""
+    laptop_only(Order(pipeline=pipeline, place=place), "serve")
     target = open_target(pipeline, place)
     laptop = target.place
-    if isinstance(laptop, ClusterSettings):
-        raise ConfigError(f"{laptop.file}: a cluster's flows are started by its Deployment prefect-worker")
+    assert isinstance(laptop, PlaceSettings)
     target.prefect.call("GET", "/health")
     # Flows and trainers that are started from here must not be taken for parts of this service.
     os.environ.pop(SERVICE_MARK, None)

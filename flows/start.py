@@ -89,6 +89,11 @@ def pipeline_file(order: Order) -> Path:
     return file
 
 
+def there(order: Order) -> str:
+    """What a command has to be told to be about the order's place: "" for the default."""
+    return f" --place {order.place}" if order.place != "laptop" else ""
+
+
 def where(order: Order) -> tuple[Path, PlaceSettings, Store]:
     """The pipeline file, the laptop and the store of an order. Raises ConfigError, also for a cluster."""
     file = pipeline_file(order)

@@ -16,14 +16,12 @@ import uuid
 from typing import Any
 
 from deployments.errors import ConfigError, GiveUp, PreflightError, TryAgain, Unreachable
-from flows.cluster_deployment import register_on_cluster, register_rollback
+from flows.cluster_deployment import register_on_cluster
 from flows.cluster_settings import ClusterSettings, load_cluster
 from flows.display import say
 from flows.follow import Follower
 from flows.prefect_api import Prefect
 from flows.project import Project
-from flows.run_mirror import told
-from flows.settings import load_pipeline
 from flows.start import Order, at_revision, pipeline_file
 
 
@@ -38,8 +36,8 @@ def submit(order: Order, *, detach: bool = False, quiet: bool = False) -> dict[s
     if order.interruptions:
         raise ConfigError(f"--interrupt {order.interruptions[0]}: only a laptop plays the spot market; leave it out")
     project, pipeline, sha = at_revision(order, file)
-    git = _git_url(project, settings, sha)
-    prefect = _answering(Prefect(url=prefect_url(settings)))
+    git = git_url(project, settings, sha)
+    prefect = answering(Prefect(url=prefect_url(settings)))
     deployment = register_on_cluster(prefect, pipeline, settings, git=git)
     flow_run = prefect.start(
         deployment,
@@ -59,22 +57,6 @@ def submit(order: Order, *, detach: bool = False, quiet: bool = False) -> dict[s
     return document
 
 
-def ask_for_rollback(order: Order, to: str) -> dict[str, Any]:
-    """An earlier version back in service on the order's cluster; returns what its flow says. Raises as `submit`."""
-    file = pipeline_file(order)
-    settings, pipeline = load_cluster(order.place, file.parent), load_pipeline(file)
-    prefect = _answering(Prefect(url=prefect_url(settings)))
-    flow_run = prefect.start(
-        register_rollback(prefect, pipeline, settings),
-        parameters={"to": to},
-        name=f"{pipeline.name} back to {to or 'the version before'}",
-        tags=["reprise", pipeline.name],
-        idempotency_key=str(uuid.uuid4()),
-    )
-    Follower(prefect=prefect, flow_run=flow_run["id"], settings=settings, quiet=True).follow()
-    return told(prefect, flow_run["id"])
-
-
 def prefect_url(settings: ClusterSettings) -> str:
     """Prefect as this machine reaches it: [services] prefect_outside, else $PREFECT_API_URL, else as pods do."""
     outside = settings.services.prefect_outside or os.environ.get("PREFECT_API_URL", "").rstrip("/").removesuffix(
@@ -83,7 +65,7 @@ def prefect_url(settings: ClusterSettings) -> str:
     return outside or settings.services.prefect
 
 
-def _answering(prefect: Prefect) -> Prefect:
+def answering(prefect: Prefect) -> Prefect:
     """The same, asked once. Raises Unreachable or PreflightError with what this machine needs for it."""
     try:
         prefect.call("POST", "/work_pools/filter", {"limit": 1})
@@ -103,7 +85,7 @@ def _answering(prefect: Prefect) -> Prefect:
     return prefect
 
 
-def _git_url(project: Project, settings: ClusterSettings, sha: str) -> str:
+def git_url(project: Project, settings: ClusterSettings, sha: str) -> str:
     """Where the pod clones from. Raises ConfigError without a remote, PreflightError for a commit that is not there."""
     origin = _git(project, "remote", "get-url", "origin")
     url = settings.project.git or origin

@@ -69,12 +69,12 @@ class Use:
     git_sha: str
 
 
-def trace(uri: str, model: str, what: str = "champion", *, store: Store | None = None) -> Trace:
+def trace(uri: str, model: str, what: str = "champion", *, store: Store | None = None, page: str = "") -> Trace:
     """Follow one version of `model` back to its commit.
 
     `what` is a version, an alias, a model server's label (`3.1a2b3c4d`) or the endpoint's address. `store` gives the
-    ledger of attempts and what is in service. Raises GiveUp when there is no such version, TryAgain when MLflow
-    is away.
+    ledger of attempts and what is in service, `page` is MLflow as a browser reaches it, if that is not `uri`. Raises
+    GiveUp when there is no such version, TryAgain when MLflow is away.
     """
     if what.startswith(("http://", "https://")):
         model = urllib.parse.urlsplit(what).path.rstrip("/").rsplit("/", 1)[-1]
@@ -102,7 +102,7 @@ def trace(uri: str, model: str, what: str = "champion", *, store: Store | None =
     for name in ("git_sha", "data_digest"):
         if run_tags.get(name, tags.get(name)) != tags.get(name):
             gaps.append(f"{TAG}{name} is {tags.get(name)!r} on the version and {run_tags[name]!r} on its MLflow run")
-    base = uri.rstrip("/")
+    base = (page or uri).rstrip("/")
     return Trace(
         model=model,
         version=version,
@@ -138,10 +138,7 @@ def who_uses(uri: str, digest: str) -> list[Use]:
 
     Raises ConfigError for what is no digest, TryAgain when MLflow is away.
     """
-    if not DIGEST.fullmatch(digest):
-        raise ConfigError(
-            f"data digest {digest!r}: expected at least 6 of its hexadecimal digits, as `reprise show` prints it"
-        )
+    check_digest(digest)
     condition = f"tags.`{TAG}data_digest` LIKE '{digest}%'"
     found: list[dict[str, Any]] = []
     page = ""
@@ -155,6 +152,14 @@ def who_uses(uri: str, digest: str) -> list[Use]:
     # A search tells no aliases; the model's own row does.
     aliases = {name: _aliases_of(uri, name) for name in {str(row["name"]) for row in found}}
     return [_use(row, aliases[str(row["name"])]) for row in found]
+
+
+def check_digest(digest: str) -> None:
+    """Raises ConfigError for what is no DVC digest, nor the beginning of one."""
+    if not DIGEST.fullmatch(digest):
+        raise ConfigError(
+            f"data digest {digest!r}: expected at least 6 of its hexadecimal digits, as `reprise show` prints it"
+        )
 
 
 def _aliases_of(uri: str, model: str) -> dict[str, list[str]]:

@@ -25,7 +25,16 @@ from deployments.errors import GiveUp, StepError, TryAgain
 
 TERMINATION_MESSAGE_BYTES = 4096  # what a kubelet keeps
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-STEPS = ("pull_data", "register_model", "package_model", "deploy_model", "check_endpoint", "write_report", "roll_back")
+STEPS = (
+    "pull_data",
+    "register_model",
+    "package_model",
+    "deploy_model",
+    "check_endpoint",
+    "write_report",
+    "roll_back",
+    "audit_endpoint",
+)
 
 
 def load_task(name: str) -> Callable[[Any], Any]:
