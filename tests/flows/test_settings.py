@@ -36,6 +36,14 @@ def refusal(text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
+def refused(added: str, expected: str) -> str:
+    """The message about what is added to GOOD: one line that names the file and matches."""
+    message = refusal(GOOD + added + "\n")
+    assert re.search(expected, message), message
+    assert message.startswith("p.toml:") and "\n" not in message, message
+    return message
+
+
 def test_defaults_and_units() -> None:
     settings = load_pipeline(GOOD + '[train.checkpoint]\nmin_interval = "250ms"\nmax_interval = "1h30m"\n')
     assert (settings.name, settings.train.epochs, settings.data.heldout) == ("digits", 3, "heldout")
@@ -107,11 +115,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistake(case: str) -> None:
-    added, expected = MISTAKES[case]
-    message = refusal(GOOD + added + "\n")
-    assert re.search(expected, message), message
-    assert message.startswith("p.toml:"), message
-    assert "Traceback" not in message and "\n" not in message
+    assert "Traceback" not in refused(*MISTAKES[case])
 
 
 @pytest.mark.parametrize(
