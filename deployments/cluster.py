@@ -26,7 +26,8 @@ from deployments.cluster_run import ClusterRun
 from deployments.errors import GiveUp, PreflightError, StepError, TryAgain
 from deployments.guard import Guard
 from deployments.job_status import end_of
-from deployments.kube_api import MERGE_PATCH, PATIENCE, ApiStatus, KubeApi, connect
+from deployments.kube_api import MERGE_PATCH, PATIENCE, ApiStatus, KubeApi
+from deployments.kube_connect import connect
 from deployments.kube_watch import SharedWatch, uid_of
 from deployments.manifests import CONTAINERS, ENDING_ANNOTATION, WORKLOAD_LABEL, ClusterPlace, manifest
 from deployments.pod_causes import is_terminal

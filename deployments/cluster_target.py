@@ -47,7 +47,8 @@ class ClusterTarget:
 
 def connect_to(target: ClusterTarget, *, patience: float | None = None) -> KubeApi:
     """Its API server. Raises ConfigError if there is no usable configuration."""
-    from deployments.kube_api import PATIENCE, connect
+    from deployments.kube_api import PATIENCE
+    from deployments.kube_connect import connect
 
     seconds = PATIENCE if patience is None else patience
     return connect(kubeconfig=target.kubeconfig, context=target.context, patience=seconds)

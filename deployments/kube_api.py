@@ -1,8 +1,8 @@
-"""One Kubernetes API server over HTTP: authentication by the `kubernetes` client, JSON in and out, patience.
+"""One Kubernetes API server over HTTP: JSON in and out, authentication by the `kubernetes` client, patience.
 
-The only importer of that client, inside `connect`. Its typed models are left aside: they drop fields they do not know,
-and a PyTorchJob has none. An API server that restarts (connection refused, 429, 5xx) is waited for; a refusal becomes
-one sentence that says which rule or definition is missing. Not covered: what is asked (cluster.py, kube_watch.py).
+The client's typed models are left aside: they drop fields they do not know, and a PyTorchJob has none. An API server
+that restarts (connection refused, 429, 5xx) is waited for; a refusal becomes one sentence that says which rule or
+definition is missing. Not covered: where it is (kube_connect.py), what is asked (cluster.py, kube_watch.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from deployments.errors import ConfigError, GiveUp, PreflightError, Unreachable
+from deployments.errors import GiveUp, PreflightError, Unreachable
 
 PATIENCE = 300.0  # seconds that an API server may be away
 CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
@@ -45,7 +45,7 @@ class KubeApi:
     """Requests to one API server. Safe for many threads."""
 
     def __init__(self, client: Any, *, patience: float = PATIENCE) -> None:
-        """`client`: a kubernetes.client.ApiClient; see `connect`. `patience`: seconds the server may be away."""
+        """`client`: a kubernetes.client.ApiClient; see kube_connect.py. `patience`: seconds the server may be away."""
         self.client, self.patience = client, patience
         self.host = str(client.configuration.host).rstrip("/")
         self.calls: Counter[str] = Counter()  # by verb: what this process costs the API server
@@ -218,33 +218,6 @@ class Lines:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def connect(*, kubeconfig: str = "", context: str = "", patience: float = PATIENCE) -> KubeApi:
-    """An API server by kubeconfig ("" means $KUBECONFIG or ~/.kube/config, in a pod its service account).
-
-    Raises ConfigError if there is no usable configuration.
-    """
-    import os
-
-    import yaml
-    from kubernetes import client, config  # 0.3 s of CPU, so only where a cluster is used
-    from kubernetes.config.config_exception import ConfigException
-
-    configuration = client.Configuration()
-    configuration.connection_pool_maxsize = 64
-    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and not kubeconfig and "KUBECONFIG" not in os.environ
-    try:
-        if in_pod:
-            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-        else:
-            config.load_kube_config(  # type: ignore[no-untyped-call]
-                kubeconfig or None, context or None, client_configuration=configuration
-            )
-    except (ConfigException, OSError, yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
-        where = kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config"
-        raise ConfigError(_no_config(where, context, error)) from error
-    return KubeApi(client.ApiClient(configuration), patience=patience)
-
-
 class _as_os_error:
     """urllib3's errors of a connection as OSError, so that callers need not know the library."""
 
@@ -289,23 +262,6 @@ def _refusal(status: int, document: Json, method: str, path: str, *, resent: boo
             f"{INSTALL_OPERATOR}"
         )
     return ApiStatus(status, str(document["reason"]), message, resent=resent)
-
-
-def _no_config(where: str, context: str, error: Exception) -> str:
-    from kubernetes.config.config_exception import ConfigException
-
-    expected = "expected a file that `kubectl get pods` works with; --place FILE and KUBECONFIG choose another"
-    said = " ".join(str(error).split())
-    if not isinstance(error, ConfigException | OSError):
-        return f"kubeconfig {where}: cannot be read ({said[:200]}); {expected}"
-    if context and f"name {context} in" in said:
-        return (
-            f"[place] context = {context}: kubeconfig {where} has no such context; "
-            "`kubectl config get-contexts -o name` lists what there is"
-        )
-    if "No configuration found" in said:
-        return f"kubeconfig {where}: there is none; {expected}"
-    return f"kubeconfig {where}: {said.removeprefix('Invalid kube-config file. ')}; {expected}"
 
 
 def _in_words(error: OSError) -> str:

@@ -80,7 +80,7 @@ def show_render(order: Order, *, step: str = "", server: bool = False, as_json: 
         print(render_run(asked, step), end="")
         return
     from deployments.dry_run import dry_run
-    from deployments.kube_api import connect
+    from deployments.kube_connect import connect
     from flows.preflight import show_preflight
 
     objects = objects_of_run(asked, step)

@@ -93,7 +93,7 @@ def look(
 def _live(place: ClusterPlace, kubeconfig: str, context: str, dvc: Mapping[str, Any] | None) -> Snapshot:
     import os
 
-    from deployments.kube_api import connect
+    from deployments.kube_connect import connect
     from deployments.probes import probe_mlflow
 
     probes: dict[str, dict[str, Any]] = {}

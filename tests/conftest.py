@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def api() -> Iterator[KubeApi]:
     """The Kubernetes API of KUBECONFIG."""
-    from deployments.kube_api import connect
+    from deployments.kube_connect import connect
 
     if not os.environ.get("KUBECONFIG"):
         pytest.skip("no KUBECONFIG: this needs a Kubernetes API")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from deployments.cluster import Cluster
-from deployments.kube_api import connect
+from deployments.kube_connect import connect
 from deployments.workload import Workload
 from tests.cluster_faults import Wire, dead_api_server, hanging_api_server, wait_between_cuts
 from tests.cluster_kit import SMALL, Background, needs_rig, step, until

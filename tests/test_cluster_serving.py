@@ -26,7 +26,8 @@ import yaml
 from deployments.cluster import Cluster
 from deployments.cluster_target import ClusterTarget, in_service
 from deployments.errors import TryAgain
-from deployments.kube_api import APPLY_PATCH, KubeApi, connect
+from deployments.kube_api import APPLY_PATCH, KubeApi
+from deployments.kube_connect import connect
 from deployments.manifests import ClusterPlace, pod_security
 from deployments.serving import call
 from deployments.workload import Outcome, Resources, Workload

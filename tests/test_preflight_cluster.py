@@ -24,7 +24,8 @@ import pytest
 from deployments.cluster import Cluster
 from deployments.dry_run import dry_run
 from deployments.errors import GiveUp, PreflightError
-from deployments.kube_api import MERGE_PATCH, ApiStatus, KubeApi, connect
+from deployments.kube_api import MERGE_PATCH, ApiStatus, KubeApi
+from deployments.kube_connect import connect
 from deployments.manifests import WORKLOAD_LABEL, ClusterPlace, manifest
 from deployments.preflight import preflight
 from deployments.preflight_findings import Finding, wanted

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deployments.cluster import Cluster
-from deployments.kube_api import connect
+from deployments.kube_connect import connect
 from deployments.workload import Runner
 from tests.deployments.kube_fake import KubeFake
 from tests.deployments.runner_kit import PLACE, three_nodes

@@ -10,7 +10,7 @@ import pytest
 
 from deployments.cluster_serving import REVISION, Rollouts
 from deployments.errors import GiveUp, TryAgain
-from deployments.kube_api import connect
+from deployments.kube_connect import connect
 from tests.deployments.kube_fake import KubeFake
 from tests.deployments.kube_store import PODS
 

@@ -12,7 +12,7 @@ import pytest
 from deployments.cluster import Cluster
 from deployments.errors import PreflightError
 from deployments.guard import Guard
-from deployments.kube_api import connect
+from deployments.kube_connect import connect
 from deployments.manifests import ClusterPlace, manifest
 from deployments.workload import Outcome, Resources, Workload
 from tests.deployments.kube_fake import KubeFake

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from deployments.errors import GiveUp, PreflightError, Unreachable
-from deployments.kube_api import MERGE_PATCH, ApiStatus, connect
+from deployments.kube_api import MERGE_PATCH, ApiStatus
+from deployments.kube_connect import connect
 from deployments.manifests import ClusterPlace, step_job, training_job
 from deployments.serving_manifests import Serving, serving_deployment, serving_objects
 from deployments.workload import Resources, Workload

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from deployments.errors import PreflightError, Unreachable
-from deployments.kube_api import KubeApi, connect
+from deployments.kube_api import KubeApi
+from deployments.kube_connect import connect
 from deployments.kube_watch import Following, SharedWatch, is_gone, trimmed
 from tests.deployments.kube_fake import KubeFake
 from tests.deployments.kube_store import JOBS

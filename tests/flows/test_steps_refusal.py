@@ -15,7 +15,7 @@ import pytest
 
 from deployments.cluster import Cluster
 from deployments.errors import PreflightError
-from deployments.kube_api import connect
+from deployments.kube_connect import connect
 from deployments.manifests import ClusterPlace
 from deployments.workload import Resources
 from flows.run import Run

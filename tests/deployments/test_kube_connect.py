@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deployments.errors import ConfigError, PreflightError, Unreachable
-from deployments.kube_api import connect
+from deployments.kube_connect import connect
 from deployments.manifests import ClusterPlace
 from deployments.snapshot_take import server_version, take
 from tests.deployments.kube_fake import KubeFake
