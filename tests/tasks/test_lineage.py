@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -24,7 +19,6 @@ from deployments.errors import ConfigError, GateRefused, GiveUp, TryAgain
 from tasks.lineage import Trace, Use, trace, who_uses
 from tasks.records import Attempt, Store
 
-PORTS = range(18250, 18290)
 TRAIN_KEY = "2" * 40
 DATA = "d41d8cd98f00b204e9800998ecf8427e.dir"
 TAGS = {
@@ -229,40 +223,6 @@ def test_errors(registry: tuple[str, Any]) -> None:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(TryAgain):
             who_uses(f"http://127.0.0.1:{closed.getsockname()[1]}", DATA)
-
-
-@pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real `mlflow server` on SQLite."""
-    folder = tmp_path_factory.mktemp("server")
-    port = next(p for p in PORTS if _free(p))
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "a")]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        give_up = time.monotonic() + 120
-        while not _healthy(uri):
-            assert process.poll() is None and time.monotonic() < give_up, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def _healthy(uri: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 @pytest.mark.e2e

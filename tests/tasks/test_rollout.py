@@ -6,10 +6,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from deployments.errors import GiveUp, StepError, TryAgain
 from tasks.deploy_model import DeployRequest, RollbackRequest, deploy_model, roll_back, run
 from tasks.endpoint import EndpointRecord
 from tasks.golden import read_golden
+from tests.tasks.killed_deployment_kit import at_once, killed_after
 from tests.tasks.serving_kit import Registry, deploy_request, make_toy, package, registry
 from tests.tasks.torchserve_stub import Stub, torchserve_stub
 
@@ -197,32 +196,6 @@ def test_an_alias_moved_by_hand_is_put_right_by_the_next_deployment(bench: Bench
     assert bench.truth() == ("1", "1", [label(bench, "1")])
 
 
-KILLED = """
-import json, os, signal, sys
-from tasks.deploy_model import DeployRequest, run
-request, after = DeployRequest(**json.loads(sys.argv[1])), int(sys.argv[2])
-count = 0
-def on_phase(phase):
-    global count
-    count += 1
-    if count == after:
-        os.kill(os.getpid(), signal.SIGKILL)
-try:
-    run(request, on_phase)
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
-def killed_after(request: DeployRequest, transitions: int) -> int:
-    """Deploy in a process that kills itself at its Nth transition; returns the exit code."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(asdict(request)), str(transitions)], capture_output=True, timeout=60
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
-    return done.returncode
-
-
 def test_kill_at_every_transition_then_any_deployment_ends_right(bench: Bench) -> None:
     """Then: the same deployment again, the old version again, or another one, in turn."""
     killed = 0
@@ -253,14 +226,7 @@ def test_a_cancelled_rollout_is_undone_at_once(bench: Bench) -> None:
 
 def test_processes_at_once_end_in_one_winner(bench: Bench) -> None:
     """Two deploy the same version, two others; whoever came last has won, and everything agrees."""
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", KILLED, json.dumps(asdict(bench.requests[v])), "99"], stdout=subprocess.PIPE
-        )
-        for v in "1233"
-    ]
-    outputs = [run.communicate(timeout=60)[0] for run in runs]
-    assert outputs == [b""] * 4 and [run.returncode for run in runs] == [0] * 4  # none failed
+    at_once([bench.requests[v] for v in "1233"])
     version, alias, labels = bench.truth()
     assert version in {"1", "2", "3"} and alias == version and labels == [label(bench, version or "")]
     history = bench.record.read()["history"]
