@@ -3,7 +3,8 @@
     snapshot = take(connect(), place)
 
 Definitions are found by API discovery, which every account may read, instead of the CRD objects. A `Taker` asks for
-single parts. Not covered: what is kept of an object (snapshot_trim.py), the document (snapshot.py).
+single parts. Not covered: how rights are asked for (snapshot_rights.py), what is kept of an object (snapshot_trim.py),
+the document (snapshot.py).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from deployments.errors import ConfigError, GiveUp, PreflightError, StepError, Unreachable
+from deployments.errors import ConfigError, PreflightError, StepError, Unreachable
 from deployments.kube_api import ApiStatus
 from deployments.manifests import ClusterPlace
-from deployments.preflight_access import RIGHTS, Right
 from deployments.preflight_services import Address
 from deployments.snapshot import Snapshot
+from deployments.snapshot_rights import ask_rights
 from deployments.snapshot_trim import TRIMS
 
 Json = dict[str, Any]
@@ -184,44 +185,11 @@ class Taker:
                 self._list("localqueues", f"/apis/{version}{self._here}/localqueues")
 
     def rights(self) -> None:
-        """One question for all rules of the namespace; one by one where the server cannot list them."""
-        body = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectRulesReview",
-            "spec": {"namespace": self.place.namespace},
-        }
-        path = "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews"
-        status: Json = {"incomplete": True}
-        with contextlib.suppress(ApiStatus, PreflightError, GiveUp):
-            status = self.api.request("POST", path, body=body, patience=self.patience).get("status") or status
-        for right in RIGHTS:
-            if right.cluster_wide or status.get("incomplete"):  # rules do not tell how wide their binding is
-                self._may(right)
-                continue
-            allowed = any(_covers(rule, right) for rule in status.get("resourceRules") or ())
-            answer = {"allowed": allowed, "reason": ""}
-            self.access.append({"group": right.group, "resource": right.full, "verb": right.verb, **answer})
-
-    def _may(self, right: Right) -> None:
-        attributes = {"group": right.group, "resource": right.resource, "verb": right.verb}
-        if right.subresource:
-            attributes["subresource"] = right.subresource
-        if not right.cluster_wide:
-            attributes["namespace"] = self.place.namespace
-        body = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": attributes},
-        }
-        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        try:
-            status = self.api.request("POST", path, body=body, patience=self.patience).get("status") or {}
-        except Unreachable:
-            raise
-        except (StepError, ApiStatus) as error:
-            self.unreadable["access"] = str(error)
-            return
-        self.access.append({"group": right.group, "resource": right.full, "verb": right.verb, **_answer(status)})
+        """What one may do here, of what Reprise does."""
+        found, why_not = ask_rights(self.api, self.place.namespace, patience=self.patience)
+        self.access += found
+        if why_not:
+            self.unreadable["access"] = why_not
 
     def _list(self, plural: str, path: str, query: Mapping[str, str] | None = None) -> None:
         items: list[Json] = []
@@ -268,23 +236,6 @@ class Taker:
             path = f"/api/v1/namespaces/{self.place.namespace}/secrets/{urllib.parse.quote(name)}"
             if not self._one("secrets", path):
                 return
-
-
-def _covers(rule: Json, right: Right) -> bool:
-    """Whether a rule allows it; one that names single objects does not."""
-    if rule.get("resourceNames"):
-        return False
-    resources = rule.get("resources") or ()
-    anywhere = bool(right.subresource) and f"*/{right.subresource}" in resources
-    named = right.full in resources or "*" in resources or anywhere
-    return named and all(
-        "*" in (rule.get(key) or ()) or value in (rule.get(key) or ())
-        for key, value in (("apiGroups", right.group), ("verbs", right.verb))
-    )
-
-
-def _answer(status: Json) -> Json:
-    return {"allowed": bool(status.get("allowed")), "reason": str(status.get("reason") or "")}
 
 
 def _clock_offset(api: Any) -> float | None:
