@@ -150,6 +150,12 @@ def test_from_a_version_to_the_commit(registry: tuple[str, Any], store: Store) -
     )
 
 
+def test_addresses_are_those_that_a_browser_reaches(registry: tuple[str, Any]) -> None:
+    found = trace(registry[0], "digits", "3", page="https://mlflow.example/")
+    assert found.run_url == f"https://mlflow.example/#/experiments/7/runs/{'f' * 32}"
+    assert found.model_url == "https://mlflow.example/#/models/digits/versions/3"
+
+
 @pytest.mark.parametrize(
     "what", ["3", "3.1a2b3c4d", "champion", "candidate", "http://127.0.0.1:8080/predictions/digits"]
 )
