@@ -44,6 +44,16 @@ class Bench:
         alias = self.aliases.aliases.get(("toy", "champion"))
         return serving.version if serving else None, alias, self.pods.labels()
 
+    def change_image(self, image: str) -> None:
+        """Somebody's hand on the Deployment; returns when its controller has seen it."""
+        kube = self.pods.kube
+        with kube.lock:
+            live = kube.get(DEPLOYMENTS, NAME)
+            live["spec"]["template"]["spec"]["containers"][0]["image"] = image
+            wanted = live["metadata"]["generation"] = live["metadata"]["generation"] + 1
+            kube.put(DEPLOYMENTS, live)
+        kube.wait(lambda: kube.get(DEPLOYMENTS, NAME)["status"].get("observedGeneration") == wanted)
+
     def label(self, version: str) -> str:
         return self.requests[version].label
 

@@ -170,10 +170,7 @@ def test_a_deployment_that_was_deleted_or_changed_by_hand_is_put_right(bench: Be
     assert deploy_model(bench.requests["1"]).changed
     bench.pods.kube.remove(SERVICES, NAME)
     assert deploy_model(bench.requests["1"]).changed
-    live = bench.pods.kube.get(DEPLOYMENTS, NAME)
-    live["spec"]["template"]["spec"]["containers"][0]["image"] = "by-hand:1"
-    live["metadata"]["generation"] += 1
-    bench.pods.kube.put(DEPLOYMENTS, live)
+    bench.change_image("by-hand:1")
     assert deploy_model(bench.requests["1"]).changed
     assert bench.truth() == ("1", "1", [bench.label("1")]) and bench.audit().clean
 

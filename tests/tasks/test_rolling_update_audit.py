@@ -25,10 +25,7 @@ def test_the_audit_finds_what_is_not_as_the_record_says_and_repairs_it(bench: Be
 
     bench.aliases.aliases["toy", "champion"] = "1"
     assert what() == ["alias champion"]
-    live = bench.pods.kube.get(DEPLOYMENTS, NAME)
-    live["spec"]["template"]["spec"]["containers"][0]["image"] = "by-hand:1"
-    live["metadata"]["generation"] += 1
-    bench.pods.kube.put(DEPLOYMENTS, live)
+    bench.change_image("by-hand:1")
     assert what() == ["alias champion", "Deployment serve-toy differs in"]
     found = bench.audit(repair=True)
     assert found.repaired and found.clean and bench.truth() == ("2", "2", [bench.label("2")])
