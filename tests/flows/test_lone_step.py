@@ -47,7 +47,14 @@ class Place:
             assert self.ended.wait(5)
         code = 0 if (self.result or {}).get("ok") else 1
         return Outcome(
-            name="w", exit_code=code, cause="user_error", reason="why", started=0.0, ended=1.0, result=self.result, log="l"
+            name="w",
+            exit_code=code,
+            cause="user_error",
+            reason="why",
+            started=0.0,
+            ended=1.0,
+            result=self.result,
+            log="l",
         )
 
     def stop(self, name: str) -> None:
