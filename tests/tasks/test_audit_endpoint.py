@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +133,30 @@ def test_nothing_in_service(place: Place, tmp_path: Path) -> None:
     request = replace(place.request, record=str(tmp_path / "other" / "endpoints"), pipeline="unknown")
     audit = audit_endpoint(request)
     assert audit.clean and audit.version == audit.label == audit.sha256 == ""
+
+
+def test_told_to_end_while_it_waits_for_a_rollout(place: Place, tmp_path: Path) -> None:
+    """By a handler of its own: without one the first process of a pod would wait for its SIGKILL."""
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(asdict(place.request)))
+    command = [sys.executable, "-m", "tasks.step", "audit_endpoint", str(request), str(tmp_path / "result.json")]
+    with EndpointRecord(folder=place.request.record, pipeline="toy").lock(1):
+        process = subprocess.Popen(command)
+        try:
+            until = time.monotonic() + 20
+            while not handles_sigterm(process.pid):
+                assert time.monotonic() < until and process.poll() is None
+                time.sleep(0.02)
+            process.terminate()
+            assert process.wait(10) == 143
+        finally:
+            process.kill()
+            process.wait()
+    assert not (tmp_path / "result.json").exists()
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for it: a bit of SigCgt."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
