@@ -71,10 +71,8 @@ Compared = Iterator[tuple[str, object, object]]  # what, found, expected
 def audit_endpoint(request: AuditRequest) -> Audit:
     """Compare, repair if asked. Raises TryAgain if a server is away or a rollout is under way."""
     change = change_of(request, Limits())
-    with (
-        undone_when_cancelled(),
-        change.record.lock(request.lock_wait_seconds),
-    ):  # a pod's first process hears no SIGTERM
+    # With a handler of its own: the first process of a pod does not hear SIGTERM otherwise.
+    with undone_when_cancelled(), change.record.lock(request.lock_wait_seconds):
         serving = change.record.serving()
         findings = compare(change, serving)
         left, repaired = findings, False
