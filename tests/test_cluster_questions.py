@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -194,6 +194,12 @@ def audits(chain: Chain) -> list[str]:
     return [str(j["metadata"]["name"]) for j in jobs if (j.get("status") or {}).get("active")]
 
 
+def endpoint_lock(chain: Chain) -> AbstractContextManager[None]:
+    """As a rollout holds it; its file is made by a pod, whose user is another one than ours."""
+    assert answered(chain, "audit")["clean"]
+    return EndpointRecord(folder=str(chain.state / "store" / "endpoints"), pipeline="digits").lock(10)
+
+
 def waiting_audit(chain: Chain) -> subprocess.Popen[str]:
     """One whose step is under way: whoever calls this holds the endpoint's lock."""
     process = chain.start("--repair", "--json", command="audit")
@@ -207,9 +213,8 @@ def waiting_audit(chain: Chain) -> subprocess.Popen[str]:
 
 
 def test_a_question_whose_pod_goes_is_answered_by_the_next(chain: Chain) -> None:
-    record = EndpointRecord(folder=str(chain.state / "store" / "endpoints"), pipeline="digits")
     known = {j["metadata"]["uid"] for j in chain.jobs(step="audit_endpoint")}
-    with record.lock(10):
+    with endpoint_lock(chain):
         process = waiting_audit(chain)
         pod = chain.flow_pod()
         chain.api.delete(f"/api/v1/namespaces/{RUNS}/pods/{pod}", grace=0)
@@ -221,8 +226,7 @@ def test_a_question_whose_pod_goes_is_answered_by_the_next(chain: Chain) -> None
 
 
 def test_ctrl_c_takes_the_question_back_with_its_step(chain: Chain) -> None:
-    record = EndpointRecord(folder=str(chain.state / "store" / "endpoints"), pipeline="digits")
-    with record.lock(10):
+    with endpoint_lock(chain):
         process = waiting_audit(chain)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
