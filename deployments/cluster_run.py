@@ -63,7 +63,7 @@ class ClusterRun:
         self.feed = LogFeed(cluster.api, cluster.pod_path(""), self.container, event, on_line, folder)
         self.start = Start(cluster, workload, self.feed.say)
         self._rest_at = 0.0
-        self._gone_at = 0.0  # when the object was found gone, though no pod of it has been seen
+        self._settling_since = 0.0  # when the object was found deleted, though no pod of it has been seen
 
     def outcome(self) -> Outcome:
         """Create or adopt, wait, judge."""
@@ -93,7 +93,7 @@ class ClusterRun:
         item, self.adopted = creation.create_or_adopt(self._left_over)
         self.uid = uid_of(item)
         self.checked = self.resting = False
-        self._rest_at = self._gone_at = 0.0
+        self._rest_at = self._settling_since = 0.0
         asked = stamp(item["metadata"].get("creationTimestamp")) or time.time()
         self.created = asked if self.adopted else time.time()
         self.objects.put(item)
@@ -142,7 +142,7 @@ class ClusterRun:
         if not deleted and end is None:
             self._limits(item, pods)
             return None
-        if not self._all_over(pods) or (gone and not pods and self._settling()):
+        if not self._all_over(pods) or (deleted and not pods and self._settling()):
             return None
         if end is not None or self.ending is not None:
             return self._finish(item, pods, self.ending)
@@ -150,8 +150,8 @@ class ClusterRun:
 
     def _settling(self) -> bool:
         """Whether a pod that came and went may still be told of: it is in no list any more, only in the watch."""
-        self._gone_at = self._gone_at or time.monotonic()
-        return time.monotonic() < self._gone_at + SETTLE_SECONDS
+        self._settling_since = self._settling_since or time.monotonic()
+        return time.monotonic() < self._settling_since + SETTLE_SECONDS
 
     def _object(self) -> tuple[Json, bool]:
         found = next(i for i in self.objects.objects() if uid_of(i) == self.uid)
