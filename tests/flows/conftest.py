@@ -1,4 +1,5 @@
-"""Fixtures of the push tests: repositories that push to each other, a Prefect that only remembers (push_kit.py).
+"""Fixtures of several modules: repositories that push to each other, a Prefect that only remembers (push_kit.py), and
+a project that is on its remote (pushed_project_kit.py).
 
 Their imports are inside, because every other test passes here too.
 """
@@ -43,3 +44,16 @@ def target(repos: Repositories) -> Target:
     from flows.push_handover import open_target
 
     return open_target(str(repos.checkout / "pipeline.toml"), "laptop")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose commit is on its remote; the working folder. Flows are followed without pauses."""
+    from flows import follow
+    from tests.flows.pushed_project_kit import make_pushed_project
+
+    folder = make_pushed_project(tmp_path)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    return folder

@@ -24,7 +24,6 @@ from flows.start import Order
 from tests.flows.push_kit import git
 from tests.flows.test_cluster_settings import LEAST
 from tests.flows.test_settings import GOOD
-from tests.flows.test_submit import MODULE
 
 SHA = "c" * 40
 STEP = {"name": "pull_data", "key": "1" * 40, "reused": False, "reason": "first time", "inputs": {}}
@@ -80,25 +79,6 @@ class Server:
             kind, message = self.states.pop(0) if len(self.states) > 1 else self.states[0]
             return {"id": "f1", "state": {"type": kind, "name": kind.capitalize(), "message": message}}
         return {"id": "x", "type": "kubernetes"}
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose commit is on its remote."""
-    folder, remote = tmp_path / "digits", tmp_path / "digits.git"
-    folder.mkdir()
-    git(tmp_path, "init", "-q", "--bare", str(remote))
-    git(folder, "init", "-q", "-b", "main")
-    for name, text in (("pipeline.toml", GOOD), ("digits.py", MODULE), ("cluster.toml", LEAST)):
-        (folder / name).write_text(text)
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "x")
-    git(folder, "remote", "add", "origin", str(remote))
-    git(folder, "push", "-q", "origin", "main")
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(follow_module, "POLL_SECONDS", 0.01)
-    return folder
 
 
 def reprise(monkeypatch: pytest.MonkeyPatch, server: Server, *arguments: str) -> int:

@@ -23,9 +23,9 @@ from flows.prefect_api import Prefect
 from flows.questions import AuditQuestion, PlanQuestion, Question, TraceQuestion, UsesQuestion
 from tasks.audit_endpoint import Audit
 from tests.flows.push_kit import git
+from tests.flows.pushed_project_kit import MODULE
 from tests.flows.test_cluster_settings import LEAST
 from tests.flows.test_plan import Folder
-from tests.flows.test_submit import MODULE
 from tests.tasks.test_lineage import TAGS, registry, row, store
 
 __all__ = ["registry", "store"]

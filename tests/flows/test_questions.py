@@ -11,8 +11,8 @@ import pytest
 from flows.__main__ import main
 from tasks import audit_endpoint as audit_module
 from tasks.audit_endpoint import Audit, AuditRequest, Finding
+from tests.flows.pushed_project_kit import MODULE
 from tests.flows.test_plan import Folder
-from tests.flows.test_submit import MODULE
 from tests.tasks.test_lineage import TRAIN_KEY, registry, store
 
 __all__ = ["registry", "store"]

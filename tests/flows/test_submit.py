@@ -19,15 +19,6 @@ from flows.submit import submit
 from flows.zombies import SILENCE
 from tests.flows.push_kit import git
 from tests.flows.test_cluster_settings import LEAST
-from tests.flows.test_settings import GOOD
-
-MODULE = """
-def build_model(params): ...
-def load_split(folder, split, params): ...
-def heldout_requests(folder, split, params): ...
-def preprocess(body): ...
-def postprocess(output): ...
-"""
 
 
 class Server:
@@ -67,25 +58,6 @@ class Server:
                 raise TryAgain("Prefect does not answer")
             return {"id": "f1", "state": {"type": kind, "name": kind.capitalize(), "message": message}}
         return {"id": "d1"}
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose commit is on its remote."""
-    folder, remote = tmp_path / "digits", tmp_path / "digits.git"
-    folder.mkdir()
-    git(tmp_path, "init", "-q", "--bare", str(remote))
-    git(folder, "init", "-q", "-b", "main")
-    for name, text in (("pipeline.toml", GOOD), ("digits.py", MODULE), ("cluster.toml", LEAST)):
-        (folder / name).write_text(text)
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "x")
-    git(folder, "remote", "add", "origin", str(remote))
-    git(folder, "push", "-q", "origin", "main")
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(follow_module, "POLL_SECONDS", 0.01)
-    return folder
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, server: Server, *, detach: bool = False, **order: Any) -> dict[str, Any]:
