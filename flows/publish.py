@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import signal
+import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from uuid import UUID
 
@@ -74,15 +76,33 @@ async def published(run: Run) -> AsyncIterator[None]:
 def _stopped(run: Run) -> None:
     """Somebody cancelled the run, or its process has to go: the trainer saves, and what comes next is written down."""
     status, way = "cancelled", f"`reprise resume {run.id}` goes on"
-    if runtime.deployment.id:  # the command stops its workload itself
-        flow_run = Prefect(url=run.urls["prefect"]).run(str(runtime.flow_run.id)) or {}
-        cancelled = (flow_run.get("state") or {}).get("type") in ("CANCELLING", "CANCELLED")
-        if run.workload and (cancelled or not run.plan.place.outlives_flow):
-            run.runner.stop(run.workload, grace_seconds=min(run.plan.place.spot.grace, GRACE_SECONDS))
-        if not cancelled:
-            run.plan.place.leave(run.runner)
-            status, way = "interrupted", f"its process was told to end; {way}"
-    run.update(status=status, ended=time.time(), message=f"{status}; {way}")
+    with _told_once():
+        try:
+            if runtime.deployment.id:  # the command stops its workload itself
+                flow_run = Prefect(url=run.urls["prefect"]).run(str(runtime.flow_run.id)) or {}
+                cancelled = (flow_run.get("state") or {}).get("type") in ("CANCELLING", "CANCELLED")
+                if not cancelled:
+                    status, way = "interrupted", f"its process was told to end; {way}"
+                if run.workload and (cancelled or not run.plan.place.outlives_flow):
+                    run.runner.stop(run.workload, grace_seconds=min(run.plan.place.spot.grace, GRACE_SECONDS))
+                if not cancelled:
+                    run.plan.place.leave(run.runner)
+        finally:
+            run.update(status=status, ended=time.time(), message=f"{status}; {way}")
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """A second SIGTERM changes nothing: Prefect's handler would raise in the middle of the work, and the run's document
+    would say "running" for ever."""
+    if threading.current_thread() is not threading.main_thread():  # only there can a signal be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def _tell(run: Run) -> None:
