@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from tasks.records import Attempt, StepRecord, Store
 Event = Callable[[str, dict[str, Any]], None]
 UNFINISHED = ("running", "interrupted", "cancelled", "failed")
 FINISHED = ("succeeded", "unchanged", "refused")
+
+
+_SAVING = threading.Lock()
 
 
 @dataclass(kw_only=True)
@@ -46,8 +50,10 @@ class Run:
         return self.id.rpartition("-")[2]
 
     def save(self) -> None:
-        """Write the document as it is now."""
-        self.store.write(f"runs/{self.id}", self.document)
+        """Write the document as it is now. One at a time: the training's thread tells of its attempts while the flow
+        tells how the run ended, and the older text must not come last."""
+        with _SAVING:
+            self.store.write(f"runs/{self.id}", self.document)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Tell whoever watches."""

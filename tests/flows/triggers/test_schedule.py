@@ -26,10 +26,6 @@ def test_a_schedule_fires_and_retrains(project: Project) -> None:
     assert [r for r in project.runs() if r["state"]["type"] == "SCHEDULED"] == [], "paused: nothing is to come"
 
 
-@pytest.mark.xfail(
-    reason="now and then a run that is cancelled in Prefect's page keeps the status running in its document",
-    strict=False,
-)
 def test_one_retraining_at_a_time_and_the_next_waits_or_is_cancelled(project: Project) -> None:
     long = {"rev": "origin/main", "train": {"epochs": 200, "seed": 50}}
     first = project.start(**long)
