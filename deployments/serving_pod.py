@@ -14,13 +14,17 @@ every few seconds. Not covered: numbers within a tolerance, which deploy_model a
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports: the first process of a pod hears only what it has a handler for
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+
 import argparse
 import base64
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading

@@ -9,6 +9,12 @@ commands share (flows.command_options), the commands of triggers (flows.trigger_
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports: the first process of a pod hears only what it has a handler for
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+
 import sys
 from typing import Annotated
 

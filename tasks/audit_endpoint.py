@@ -18,7 +18,6 @@ from deployments.cluster_target import ClusterTarget
 from deployments.errors import GiveUp, StepError
 from deployments.serving_manifests import LABEL_ANNOTATION
 from tasks.archive import content_digest
-from tasks.deploy_model import undone_when_cancelled
 from tasks.endpoint import Version
 from tasks.endpoint_change import change_of
 from tasks.proof import Limits
@@ -71,8 +70,7 @@ Compared = Iterator[tuple[str, object, object]]  # what, found, expected
 def audit_endpoint(request: AuditRequest) -> Audit:
     """Compare, repair if asked. Raises TryAgain if a server is away or a rollout is under way."""
     change = change_of(request, Limits())
-    # With a handler of its own: the first process of a pod does not hear SIGTERM otherwise.
-    with undone_when_cancelled(), change.record.lock(request.lock_wait_seconds):
+    with change.record.lock(request.lock_wait_seconds):
         serving = change.record.serving()
         findings = compare(change, serving)
         left, repaired = findings, False

@@ -8,9 +8,14 @@ Not covered: who starts it and what happens next (flows.steps), reuse of finishe
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports: the first process of a pod hears only what it has a handler for
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+
 import importlib
 import json
-import os
 import sys
 import time
 import traceback

@@ -11,13 +11,17 @@ Signals are taken before torch is imported. Not covered: pods and budgets (deplo
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports: the first process of a pod hears only what it has a handler for
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+
 import argparse
 import contextlib
 import ctypes
 import json
-import os
 import shutil
-import signal
 import sys
 import tempfile
 import time

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -136,15 +136,15 @@ def test_nothing_in_service(place: Place, tmp_path: Path) -> None:
 
 
 def test_told_to_end_while_it_waits_for_a_rollout(place: Place, tmp_path: Path) -> None:
-    """By a handler of its own: without one the first process of a pod would wait for its SIGKILL."""
     request = tmp_path / "request.json"
     request.write_text(json.dumps(asdict(place.request)))
     command = [sys.executable, "-m", "tasks.step", "audit_endpoint", str(request), str(tmp_path / "result.json")]
-    with EndpointRecord(folder=place.request.record, pipeline="toy").lock(1):
+    record = EndpointRecord(folder=place.request.record, pipeline="toy")
+    with record.lock(1):
         process = subprocess.Popen(command)
         try:
             until = time.monotonic() + 20
-            while not handles_sigterm(process.pid):
+            while record.store.path / "locks" / "endpoint-toy" not in open_files(process.pid):
                 assert time.monotonic() < until and process.poll() is None
                 time.sleep(0.02)
             process.terminate()
@@ -155,8 +155,10 @@ def test_told_to_end_while_it_waits_for_a_rollout(place: Place, tmp_path: Path) 
     assert not (tmp_path / "result.json").exists()
 
 
-def handles_sigterm(pid: int) -> bool:
-    """Whether a process has a handler for it: a bit of SigCgt."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+def open_files(pid: int) -> list[Path]:
+    """What a process has open now."""
+    found = []
+    for number in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed this moment
+            found.append(number.readlink())
+    return found
