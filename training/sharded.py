@@ -19,15 +19,40 @@ CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 
 
 def shard_model(model: torch.nn.Module) -> None:
-    """Shard in place: blocks in lists and sequences one by one, so that one at a time is gathered, then the rest."""
+    """Shard in place: blocks one by one, so that one at a time is gathered whole, then what is left of the model."""
     from torch.distributed.fsdp import fully_shard  # half a second that other trainings do not pay
 
-    containers = [m for m in model.modules() if isinstance(m, CONTAINERS)]
-    blocks = [b for c in containers for b in c if any(True for _ in b.parameters()) and not isinstance(b, CONTAINERS)]
-    for module in (*dict.fromkeys(blocks), model):
+    for module in (*blocks_of(model), model):
         sharded = fully_shard(module)
         sharded.set_gradient_divide_factor(1.0)  # the loss is scaled already: gradients are summed
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules with parameters that lie in lists and sequences; of nested ones the outer, each once.
+
+    FSDP can't shard a parameter twice. So a block's own sequences belong to it, and a block that shares a parameter
+    with a module outside of it is left to the model as a whole.
+    """
+    blocks: dict[torch.nn.Module, None] = {}
+
+    def walk(module: torch.nn.Module) -> None:
+        for child in module.children():
+            if isinstance(module, CONTAINERS) and not isinstance(child, CONTAINERS):
+                blocks[child] = None
+            else:
+                walk(child)
+
+    walk(model)
+    parts = {block: set(block.modules()) for block in blocks}
+    outer = [b for b in blocks if not any(b in parts[other] for other in blocks if other is not b)]
+
+    def alone(block: torch.nn.Module) -> bool:
+        mine = set(block.parameters())
+        rest = (p for m in model.modules() if m not in parts[block] for p in m.parameters(recurse=False))
+        return bool(mine) and mine.isdisjoint(rest)
+
+    return [block for block in outer if alone(block)]
 
 
 def whole(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """A user's module for the proofs on a GPU: a small or large transformer on made-up token sequences.
 
-Parameters: layers, width, heads, vocabulary, length, samples. 18 layers of width 2048 are about a billion parameters.
+Parameters: layers, width, heads, vocabulary, length, samples, tied (one weight embeds and answers).
+18 layers of width 2048 are about a billion parameters.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ class Transformer(nn.Module):
         width, heads = int(params.get("width", 64)), int(params.get("heads", 4))
         self.embed = nn.Embedding(int(params.get("vocabulary", 128)), width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(int(params.get("layers", 2))))
-        self.head = nn.Linear(width, 4)
+        self.head = nn.Linear(width, self.embed.num_embeddings if params.get("tied") else 4)
+        if params.get("tied"):
+            self.head.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        answer: torch.Tensor = self.head(x[:, -1]).float()
+        answer: torch.Tensor = self.head(x[:, -1]).float()[:, :4]
         return answer
 
 
