@@ -11,7 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from tests.flows.loopback_kit import JsonHandler, LoopbackFake
+from tests.loopback_kit import JsonHandler, LoopbackFake
 
 TOKEN = "forge-token-of-the-tests"
 SHA = r"(?P<sha>[0-9a-f]{40})"

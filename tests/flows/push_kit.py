@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.example import create_project
-from tests.flows.loopback_kit import JsonHandler, LoopbackFake
+from tests.loopback_kit import JsonHandler, LoopbackFake
 
 SECRET = b"0123456789abcdef0123456789abcdef"
+SIGNING_TOKEN = b"whsec_" + base64.b64encode(SECRET)
 HOOK = Path(__file__).resolve().parents[2] / "deployments" / "hooks" / "post-receive"
 
 
@@ -148,11 +150,29 @@ def payload(
 
 def signed(body: bytes, secret: bytes = SECRET, *, event: str = "push", forge: str = "github") -> dict[str, str]:
     """The headers that each forge sends with this body."""
-    digest = hmac.new(secret, body, hashlib.sha256).hexdigest()
+    digest, weak = (hmac.new(secret, body, h).hexdigest() for h in (hashlib.sha256, hashlib.sha1))
+    hub = {"X-GitHub-Event": event, "X-Hub-Signature": f"sha1={weak}", "X-Hub-Signature-256": f"sha256={digest}"}
+    gogs = {"X-Gogs-Event": event, "X-Gogs-Event-Type": event, "X-Gogs-Signature": digest}
+    gitea = {"X-Gitea-Event": event, "X-Gitea-Event-Type": event, "X-Gitea-Signature": digest}
+    delivered, when = "4c4e1bd8-1f7a-4a2e-9d7c-2b6c1f0e9a11", "1795513546"
+    gitlab = {"X-Gitlab-Event": "Push Hook", "X-Gitlab-Event-UUID": delivered, "Idempotency-Key": delivered}
     own = {
-        "github": {"X-GitHub-Event": event, "X-Hub-Signature-256": f"sha256={digest}"},
-        "gitea": {"X-Gitea-Event": event, "X-Gitea-Signature": digest, "X-Hub-Signature-256": f"sha256={digest}"},
-        "forgejo": {"X-Forgejo-Event": event, "X-Forgejo-Signature": digest},
-        "gitlab": {"X-Gitlab-Event": "Push Hook", "X-Gitlab-Token": secret.decode()},
+        "github": {"User-Agent": "GitHub-Hookshot/1", "X-GitHub-Delivery": delivered, "X-GitHub-Hook-ID": "1", **hub},
+        "gitea": {"X-Gitea-Delivery": delivered, "X-GitHub-Delivery": delivered, **gitea, **gogs, **hub},
+        "forgejo": {"X-Forgejo-Event": event, "X-Forgejo-Signature": digest, **gitea, **gogs, **hub},
+        "gitlab": {**gitlab, "X-Gitlab-Token": secret.decode()},
+        "gitlab, signed": {
+            **gitlab,
+            "webhook-id": delivered,
+            "webhook-timestamp": when,
+            "webhook-signature": standard_signature(secret, delivered, when, body) if b"whsec_" in secret else "",
+        },
     }[forge]
     return {"Content-Type": "application/json", **own}
+
+
+def standard_signature(secret: bytes, identity: str, when: str, body: bytes) -> str:
+    """As the Standard Webhooks specification makes it, which GitLab follows."""
+    key = base64.b64decode(secret.removeprefix(b"whsec_"))
+    digest = hmac.new(key, f"{identity}.{when}.".encode() + body, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from flows.__main__ import main
 from flows.cluster_settings import load_cluster
 from flows.example import create_project
 from tasks.records import Store
+from tests.loopback_kit import JsonHandler, serving
 from training.spec import TrainSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,7 +248,7 @@ def prometheus() -> Iterator[str]:
     """A Prometheus whose one GPU was used at 20 % for an hour by the first attempt of a training."""
     now = time.time()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self) -> None:
             query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
             metric = {"exported_pod": f"train-{'a' * 12}-1-master-0", "UUID": "GPU-1", "gpu": "0", "Hostname": "n"}
@@ -261,20 +261,10 @@ def prometheus() -> Iterator[str]:
                 "DCGM_FI_DEV_GPU_UTIL": [{"metric": metric, "values": values}],
                 "reprise_training_running": running,
             }
-            found = answers.get(query, [])
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"data": {"result": found}}).encode())
+            self.answer(200, {"data": {"result": answers.get(query, [])}})
 
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(HTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url
 
 
 def with_a_run(root: Path, *, ended: float | None) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 import urllib.parse
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from typing import Any
 
 import pytest
 
 from deployments.errors import ConfigError, Unreachable
 from flows.gpu_use import GpuUse, Prometheus, gpu_uses, judge, likely_reason, run_of, runs_of_pods, show_gpu
+from tests.loopback_kit import JsonHandler, serving
 
 NOW = 1_795_500_000.0
 PODS = {"train-3f2a-1": "digits-7"}
@@ -33,24 +33,14 @@ def served() -> Iterator[tuple[str, dict[str, list[dict[str, Any]]]]]:
     """A Prometheus that answers with what the test puts in, by metric."""
     answers: dict[str, list[dict[str, Any]]] = {}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self) -> None:
             query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
-            body = json.dumps({"status": "success", "data": {"result": answers.get(query, [])}}).encode()
             code = 400 if query == "broken" or "bad" in answers else 200
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(code, {"status": "success", "data": {"result": answers.get(query, [])}})
 
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", answers
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(HTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url, answers
 
 
 def steps(each: float, **extra: float) -> list[dict[str, Any]]:

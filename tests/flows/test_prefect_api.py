@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from typing import Any
 
 import pytest
 
 from deployments.errors import GiveUp, TryAgain
 from flows.prefect_api import Prefect
+from tests.loopback_kit import JsonHandler, serving
 
 
 class Server(HTTPServer):
@@ -26,10 +26,8 @@ class Server(HTTPServer):
         self.seen: list[tuple[str, str, dict[str, str], Any]] = []
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
-
-    def log_message(self, format: str, *args: object) -> None: ...
 
     def do_GET(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -46,11 +44,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     made = Server()
-    thread = threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
+    with serving(made):
+        yield made
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 from deployments.cluster_serving import REVISION
 from deployments.serving_manifests import LABEL_ANNOTATION, VERSION_ANNOTATION
 from tests.deployments.kube_fake import KubeFake
 from tests.deployments.kube_store import PODS, timestamp
+from tests.loopback_kit import JsonHandler
 
 Json = dict[str, Any]
 DEPLOYMENTS, SETS = "/apis/apps/v1/namespaces/ns/deployments", "/apis/apps/v1/namespaces/ns/replicasets"
@@ -147,7 +148,7 @@ class Service(ThreadingHTTPServer):
         self.pods = pods
 
 
-class ServiceHandler(BaseHTTPRequestHandler):
+class ServiceHandler(JsonHandler):
     server: Service
     wbufsize = -1
 
@@ -173,17 +174,8 @@ class ServiceHandler(BaseHTTPRequestHandler):
         return self.reply(200, {**answer, "model": "toy", "model_version": version}, label)
 
     def reply(self, status: int, document: Json, label: str) -> None:
-        data = json.dumps(document).encode()
-        self.send_response(status)
-        if label:
-            self.send_header("x-model-label", label)
-            self.send_header("x-content-digest", self.server.pods.digests.get(label, ""))
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
+        told = {"x-model-label": label, "x-content-digest": self.server.pods.digests.get(label, "")}
+        self.answer(status, document, told if label else None)
 
 
 @contextmanager

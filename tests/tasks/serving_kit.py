@@ -10,12 +10,11 @@ import hashlib
 import json
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -30,6 +29,7 @@ from deployments.torchserve_launch import (
 )
 from tasks.deploy_model import DeployRequest
 from tasks.package_model import PackagedModel, PackageRequest, package_model
+from tests.loopback_kit import JsonHandler, serving
 
 MODULE = """
 import json
@@ -153,7 +153,7 @@ class Registry(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class RegistryHandler(BaseHTTPRequestHandler):
+class RegistryHandler(JsonHandler):
     server: Registry
 
     def do_GET(self) -> None:
@@ -161,46 +161,31 @@ class RegistryHandler(BaseHTTPRequestHandler):
         found = self.server.aliases.get((query["name"], query["alias"]))
         if found is None:
             text = f"Registered model alias {query['alias']} not found."
-            return self.reply(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": text})
-        return self.reply(200, {"model_version": {"name": query["name"], "version": found}})
+            return self.answer(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": text})
+        return self.answer(200, {"model_version": {"name": query["name"], "version": found}})
 
     def do_POST(self) -> None:
-        row = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        row = self.body()
         if self.server.fail:
             self.server.fail -= 1
-            return self.reply(503, {"error_code": "TEMPORARILY_UNAVAILABLE", "message": "asked to fail"})
+            return self.answer(503, {"error_code": "TEMPORARILY_UNAVAILABLE", "message": "asked to fail"})
         self.server.aliases[row["name"], row["alias"]] = row["version"]
         self.server.moves.append(row["version"])
-        return self.reply(200, {})
+        return self.answer(200, {})
 
     def do_DELETE(self) -> None:
-        row = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        row = self.body()
         self.server.aliases.pop((row["name"], row["alias"]), None)
         self.server.moves.append(None)
-        return self.reply(200, {})
-
-    def reply(self, status: int, document: dict[str, Any]) -> None:
-        body = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
+        return self.answer(200, {})
 
 
 @contextmanager
 def registry() -> Iterator[Registry]:
     """The stub, on a free port."""
-    with Registry() as stub:
-        thread = threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield stub
-        finally:
-            stub.shutdown()
-            thread.join()
+    stub = Registry()
+    with serving(stub):
+        yield stub
 
 
 def package(toy: Toy, store: Path, version: int = 1, **more: Any) -> tuple[PackageRequest, PackagedModel]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import socket
-import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from deployments.errors import ConfigError, GateRefused, GiveUp, TryAgain
 from tasks.lineage import Trace, Use, trace, who_uses
 from tasks.records import Attempt, Store
+from tests.loopback_kit import JsonHandler, serving
 
 TRAIN_KEY = "2" * 40
 DATA = "d41d8cd98f00b204e9800998ecf8427e.dir"
@@ -37,7 +37,7 @@ TAGS = {
 }
 
 
-class Registry(BaseHTTPRequestHandler):
+class Registry(JsonHandler):
     """Answers as MLflow's REST API does, from what the test puts into `versions` and `runs`."""
 
     versions: dict[tuple[str, str], dict[str, Any]]
@@ -49,12 +49,10 @@ class Registry(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         self.asked.append((url.path, query))
-        status, body = self.answer(url.path.removeprefix("/api/2.0/mlflow/"), query)
-        self.send_response(self.failing or status)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
+        status, body = self.look_up(url.path.removeprefix("/api/2.0/mlflow/"), query)
+        self.answer(self.failing or status, body)
 
-    def answer(self, route: str, query: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    def look_up(self, route: str, query: dict[str, str]) -> tuple[int, dict[str, Any]]:
         missing = (404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "Model Version not found"})
         if route == "runs/get":
             run = self.runs.get(query["run_id"])
@@ -77,9 +75,6 @@ class Registry(BaseHTTPRequestHandler):
         more = {"next_page_token": str(first + 2)} if first + 2 < len(rows) else {}
         return 200, {"model_versions": rows[first : first + 2]} | more
 
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
 
 def row(
     name: str, version: int, tags: dict[str, str], aliases: tuple[str, ...] = (), created: int = 0
@@ -101,13 +96,8 @@ def registry() -> Iterator[tuple[str, type[Registry]]]:
     tags = [{"key": "reprise.git_sha", "value": "c" * 40}, {"key": "reprise.ledger", "value": "1: spot, steps 0-40"}]
     metrics = [{"key": "heldout_accuracy", "value": 0.97}, {"key": "loss", "value": 1.0}]
     handler.runs["f" * 32] = {"info": {"experiment_id": "7"}, "data": {"tags": tags, "metrics": metrics}}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+        yield url, handler
 
 
 @pytest.fixture

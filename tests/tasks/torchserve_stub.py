@@ -14,13 +14,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from deployments.serving import TorchServe
 from tasks.archive import content_digest
+from tests.loopback_kit import JsonHandler, serving
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Stub(ThreadingHTTPServer):
         return TorchServe(url, url)
 
 
-class StubHandler(BaseHTTPRequestHandler):
+class StubHandler(JsonHandler):
     server: Stub
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # one write per answer: two would cost 40 ms each by Nagle's algorithm and a delayed ACK
@@ -84,33 +85,33 @@ class StubHandler(BaseHTTPRequestHandler):
                 with zipfile.ZipFile(mar) as archive:
                     about = json.loads(archive.read("serving.json"))
             except (OSError, zipfile.BadZipFile) as error:
-                return self.reply(400, {"message": f"cannot load {mar}: {error}"})
+                return self.answer(400, {"message": f"cannot load {mar}: {error}"})
             if about["label"] in held:
-                return self.reply(409, {"message": f"Model version {about['label']} is already registered"})
+                return self.answer(409, {"message": f"Model version {about['label']} is already registered"})
             server.models.setdefault(model, held)[about["label"]] = Held(
                 mar=query["url"], version=about["version"], digest=content_digest(mar)
             )
             server.defaults.setdefault(model, about["label"])
-            return self.reply(202, {"status": "Processing worker updates..."})
+            return self.answer(202, {"status": "Processing worker updates..."})
         if self.command == "GET" and len(segments) == 1:
-            return self.reply(200, {"models": [{"modelName": name} for name in server.models]})
+            return self.answer(200, {"models": [{"modelName": name} for name in server.models]})
         if not held:
-            return self.reply(404, {"message": f"Model not found: {model}"})
+            return self.answer(404, {"message": f"Model not found: {model}"})
         if self.command == "GET":
             labels = list(held) if len(segments) > 2 else [server.defaults[model]]
-            return self.reply(200, [self.describe(label, held[label]) for label in labels])
+            return self.answer(200, [self.describe(label, held[label]) for label in labels])
         label = segments[2]
         if label not in held:
-            return self.reply(404, {"message": f"Model version: {label} does not exist"})
+            return self.answer(404, {"message": f"Model version: {label} does not exist"})
         if self.command == "PUT":
             server.defaults[model] = label
-            return self.reply(200, {"status": "Default version successfully updated"})
+            return self.answer(200, {"status": "Default version successfully updated"})
         if server.defaults[model] == label and len(held) > 1:
-            return self.reply(403, {"message": f"Cannot remove default version for model {model}"})
+            return self.answer(403, {"message": f"Cannot remove default version for model {model}"})
         del held[label]
         if not held:
             del server.models[model], server.defaults[model]
-        return self.reply(200, {"status": "unregistered"})
+        return self.answer(200, {"status": "unregistered"})
 
     def describe(self, label: str, held: Held) -> dict[str, Any]:
         fault = self.server.faults.get(label)
@@ -136,38 +137,22 @@ class StubHandler(BaseHTTPRequestHandler):
             if held and not pinned:
                 server.served[label] = server.served.get(label, 0) + 1
         if held is None:
-            return self.reply(404, {"message": f"Model not found: {model} {label}"})
+            return self.answer(404, {"message": f"Model not found: {model} {label}"})
         fault = server.faults.get(label)
         headers = {"x-model-label": label, "x-content-digest": held.digest, "x-worker": str(held.pid)}
         if fault == "slow":
             time.sleep(0.2)
         if fault == "raises":
-            return self.reply(503, {"message": "Prediction failed"}, headers)
+            return self.answer(503, {"message": "Prediction failed"}, headers)
         if not body:
-            return self.reply(400, {"error": "empty"}, headers)
+            return self.answer(400, {"error": "empty"}, headers)
         version = "999" if fault == "wrong version" else held.version
-        return self.reply(200, {**server.answers(label, body), "model": model, "model_version": version}, headers)
-
-    def reply(self, status: int, document: Any, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(document).encode()
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
+        return self.answer(200, {**server.answers(label, body), "model": model, "model_version": version}, headers)
 
 
 @contextmanager
 def torchserve_stub(store: Path) -> Iterator[Stub]:
     """The stub on a free port, with this model store."""
-    with Stub(store) as stub:
-        thread = threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield stub
-        finally:
-            stub.shutdown()
-            thread.join()
+    stub = Stub(store)
+    with serving(stub):
+        yield stub
