@@ -36,25 +36,9 @@ sys.path.insert(1, str(Path(__file__).parent))
 
 import torch
 from checkpoint_peers import WAYS, Memcpy, Reprise, RepriseBlocking, TorchSaveFsync, Way, closing_all, make_ways
+from transformer_block import Block
 
 SHAPES = {"0.15": (4, 512, 1000, 256), "0.5": (6, 768, 1000, 256), "1.5": (12, 768, 50257, 128)}  # layers, width, words
-
-
-class Block(torch.nn.Module):
-    """A transformer block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
-        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
-        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        heads = (part.view(batch, length, -1, 64).transpose(1, 2) for part in self.qkv(self.first(x)).chunk(3, -1))
-        mixed = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(torch.nn.functional.gelu(self.up(self.second(x))))
 
 
 class Language(torch.nn.Module):
