@@ -143,8 +143,13 @@ def kubectl(*arguments: str, stdin: str = "") -> str:
 
 
 def overlay() -> str:
-    """The overlay as it is, but for a cluster of several nodes: its state volume is shared."""
-    objects = list(yaml.safe_load_all(kubectl("kustomize", str(OVERLAY))))
+    """The overlay as it is, but for a cluster of several nodes."""
+    return adapted(kubectl("kustomize", str(OVERLAY)))
+
+
+def adapted(built: str) -> str:
+    """For a cluster of several nodes: the state volume is shared."""
+    objects = list(yaml.safe_load_all(built))
     (claim,) = [o for o in objects if (o["kind"], o["metadata"]["name"]) == ("PersistentVolumeClaim", RUNS)]
     claim["spec"]["accessModes"] = ["ReadWriteMany"]
     return str(yaml.safe_dump_all(objects))

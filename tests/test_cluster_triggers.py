@@ -1,0 +1,151 @@
+"""Runs that start by themselves, on a cluster: `KUBECONFIG=... pytest -m cluster tests/test_cluster_triggers.py`.
+
+The overlay `kind` with the component `triggers`, as kustomize renders it: the Job that registers the pipeline, the
+receiver of pushes, the watch over flows; and what Prefect's page does, through Prefect's API. Tests build on each
+other. Set up as test_cluster_chain.py, whose words on remotes and the rig count here too. Not covered: the decision
+about a push and every kind of delivery (tests/flows), TLS (an ingress's).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.plan import STEPS
+from flows.prefect_api import Prefect
+from flows.triggers import AUTOMATION
+from tests.cluster_chain_kit import AUTH, SERVICES, Chain, address, key_of, kubectl, secret
+from tests.cluster_kit import until
+from tests.cluster_triggers_kit import PUSH, QUICK, Triggers, overlay_with_triggers
+from tests.flows.push_kit import SECRET, payload, signed
+from tests.test_cluster_chain import chain, services
+
+__all__ = ["chain", "services"]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def password() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_AUTH_STRING", AUTH)
+        yield
+
+
+@pytest.fixture(scope="module")
+def triggers(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Triggers:
+    """A quick pipeline with [push], and the component applied."""
+    remote = chain.project.parent / "digits.git"
+    built = overlay_with_triggers(tmp_path_factory.mktemp("overlay") / "kind", str(remote))
+    (job,) = [o for o in yaml.safe_load_all(built) if o["metadata"]["name"] == "register-pipeline"]
+    made = Triggers(chain=chain, prefect=Prefect(url=chain.prefect), receiver="", job=job)
+    made.change(*QUICK, more=PUSH)
+    secret(chain.api, SERVICES, "push-receiver", {"secret": SECRET.decode()})
+    kubectl("apply", "--server-side", "-f", "-", stdin=built)
+    kubectl("-n", SERVICES, "rollout", "status", "deployment/push-receiver", "--timeout=120s")
+    return Triggers(
+        chain=chain, prefect=made.prefect, receiver=f"http://{address(chain.api, 'push-receiver')}", job=job
+    )
+
+
+def registered(triggers: Triggers) -> tuple[Any, ...]:
+    """Everything of the registration that is not a date."""
+    deployment = triggers.deployment()
+    automations = triggers.prefect.call("POST", "/automations/filter", {})
+    kept = ("id", "name", "parameter_openapi_schema", "parameters", "job_variables", "entrypoint", "tags", "pull_steps")
+    schedules = [(s["schedule"], s["active"], s["parameters"]) for s in deployment["schedules"]]
+    limit = (deployment["global_concurrency_limit"]["limit"], deployment["concurrency_options"]["collision_strategy"])
+    return {k: deployment[k] for k in kept}, schedules, limit, [(a["id"], a["name"], a["enabled"]) for a in automations]
+
+
+def test_the_job_registers_schedule_form_limit_and_watch(triggers: Triggers) -> None:
+    said = triggers.registered()
+    assert "retrain/digits is registered: http://prefect.reprise-services:4200/" in said
+    triggers.schedule("0 3 * * 1-5")
+    deployment, schedules, limit, automations = registered(triggers)
+    form = deployment["parameter_openapi_schema"]["properties"]
+    assert form["pipeline"]["enum"] == ["pipeline.toml"] and form["place"]["enum"] == ["cluster"]
+    assert deployment["parameters"] == {"pipeline": "pipeline.toml", "place": "cluster"}
+    ((cron, active, parameters),) = schedules
+    assert (cron["cron"], cron["timezone"], active) == ("0 3 * * 1-5", "UTC", True)
+    assert parameters == {"rev": "HEAD", "cause": "schedule"}
+    assert limit == (1, "ENQUEUE")
+    assert [(name, enabled) for _, name, enabled in automations] == [(AUTOMATION, True)]
+    with pytest.raises(Exception, match=r"answered 409|answered 422"):
+        triggers.start(train={"epochs": 0})
+
+
+def test_registered_again_it_is_the_same(triggers: Triggers) -> None:
+    before = registered(triggers)
+    triggers.register()
+    assert registered(triggers) == before
+
+
+def test_a_signed_push_retrains_once_at_exactly_that_commit(triggers: Triggers) -> None:
+    before, after = triggers.change(("width = 16", "width = 8"))
+    body = payload(before, after)
+    assert triggers.deliver(body) == (202, "accepted")
+    assert triggers.deliver(body) == (200, "duplicate")
+    forged = {**signed(body), "X-Hub-Signature-256": "sha256=" + "0" * 64}
+    assert triggers.deliver(body, forged) == (401, "refused")
+    flow_run = until(lambda: "".join(r["id"] for r in triggers.runs(rev=after)), "the push is handed over")
+    later, _ = triggers.change(
+        ("learning_rate = 0.003", "learning_rate = 0.002")
+    )  # the branch goes on; the run does not
+    assert later == after
+    triggers.reaches(flow_run, "Completed")
+    document = triggers.document(flow_run)
+    assert (document["git_sha"], document["cause"], document["status"]) == (after, "push", "succeeded")
+    assert [s["status"] for s in document["steps"]] == ["done"] * len(STEPS)
+    for step in STEPS:
+        if step != "train_model":
+            (job,) = triggers.chain.jobs(run=document["run"], step=step)
+            assert job["status"]["succeeded"] == 1, step
+    assert len(triggers.chain.trainings(key_of(document, "train_model"))) == 1
+    assert triggers.chain.versions() == ["1"]
+    assert triggers.deliver(body) == (200, "duplicate")
+    time.sleep(5)
+    assert [r["id"] for r in triggers.runs(cause="push")] == [flow_run]
+
+
+def test_a_receiver_that_dies_between_receipt_and_hand_over_has_it_in_its_queue(triggers: Triggers) -> None:
+    label = {"app.kubernetes.io/name": "push-receiver"}
+    before, after = triggers.change(("shift = 1", "shift = 2"))
+    (pod,) = triggers.pods(SERVICES, **label)
+    assert triggers.deliver(payload(before, after)) == (202, "accepted")
+    triggers.chain.api.delete(f"/api/v1/namespaces/{SERVICES}/pods/{pod}", grace=0)
+    assert triggers.runs(rev=after) == [], "it was killed before it handed over"
+    flow_run = until(lambda: "".join(r["id"] for r in triggers.runs(rev=after)), "its successor hands over", 90)
+    (successor,) = triggers.pods(SERVICES, **label)
+    assert successor != pod
+    assert triggers.deliver(payload(before, after)) == (200, "duplicate")
+    triggers.reaches(flow_run, "Completed")
+    assert triggers.document(flow_run)["git_sha"] == after
+    assert [r["id"] for r in triggers.runs(rev=after)] == [flow_run] and len(triggers.chain.versions()) == 2
+
+
+def test_cancelled_it_leaves_a_checkpoint_and_retried_it_goes_on_from_it(triggers: Triggers) -> None:
+    """The states that Prefect's page sets for Cancel and Retry."""
+    versions = len(triggers.chain.versions())
+    flow_run = triggers.start(train={"epochs": 40, "seed": 41})
+    triggers.trains(flow_run)
+    began = time.monotonic()
+    assert triggers.prefect.set_state(flow_run, "CANCELLING", "Cancelling", "by test")
+    triggers.reaches(flow_run, "Cancelled", seconds=90)
+    print(f"cancelled after {time.monotonic() - began:.1f} s")
+    document = triggers.document(flow_run)
+    triggers.nothing_runs(document)
+    (attempt,) = document["attempts"]
+    assert (document["status"], attempt["cause"], attempt["steps_lost"]) == ("cancelled", "cancelled", 0)
+    assert attempt["to_step"] > 20
+    triggers.prefect.set_state(flow_run, "SCHEDULED", "AwaitingRetry", "by test", force=True)
+    until(lambda: "yes" if triggers.state(flow_run)["type"] == "RUNNING" else "", "the retry begins", 60)
+    triggers.reaches(flow_run, "Completed")
+    again = triggers.document(flow_run)
+    assert (again["run"], again["status"], again["resumed"]) == (document["run"], "succeeded", 1)
+    assert [a["cause"] for a in again["attempts"]] == ["cancelled", "complete"]
+    assert again["attempts"][1]["from_step"] == attempt["to_step"]
+    assert len(triggers.chain.versions()) == versions + 1
