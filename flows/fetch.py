@@ -16,23 +16,31 @@ from flows.project import Project
 
 FETCH_SECONDS = 120
 SHA = re.compile(r"[0-9a-f]{40}")
+_NO_BRANCH = "couldn't find remote ref"  # git's words (LC_ALL=C) where the remote is there and the branch is not
 _REMOTE_BRANCH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)/([A-Za-z0-9_][A-Za-z0-9_./-]*)")
+
+
+class NotThere(TryAgain):
+    """The remote answers and does not have the commit: not yet, or not any more."""
 
 
 def fetch_commit(project: Project, sha: str, *, remote: str, branch: str) -> None:
     """Make the commit available: at once if it is there, else with its branch, else by its sha.
 
-    Raises ConfigError for a sha that is none, TryAgain if the remote is away or does not have the commit (yet).
+    Raises ConfigError for a sha that is none, TryAgain if the remote is away, NotThere if it does not have the commit.
     """
     if not SHA.fullmatch(sha):
         raise ConfigError(f"commit {sha!r} is no full sha; expected 40 hex digits")
     if has_commit(project, sha):
         return
     said = _fetch(project, remote, f"+refs/heads/{branch}:refs/reprise/{branch}")
+    if has_commit(project, sha):
+        return
+    answered = not said or _NO_BRANCH in said
+    said = _fetch(project, remote, sha) or said  # behind a forced push, if the server hands out single commits
     if not has_commit(project, sha):
-        said = _fetch(project, remote, sha) or said  # behind a forced push, if the server hands out single commits
-    if not has_commit(project, sha):
-        raise TryAgain(f"{project.root}: commit {sha} cannot be fetched from {remote}: {said or 'it is not there'}")
+        kind = NotThere if answered else TryAgain
+        raise kind(f"{project.root}: commit {sha} cannot be fetched from {remote}: {said or 'it is not there'}")
 
 
 def fetch_revision(project: Project, rev: str) -> None:

@@ -30,6 +30,10 @@ _SHA = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _ENTRY = re.compile(rb"(\d{6}) (\w+) ([0-9a-f]+)\t(.*)", re.DOTALL)
 
 
+class Unsound(ConfigError):
+    """git cannot read what the repository has to have: a matter of this machine, not of a commit."""
+
+
 class Project:
     """A project folder: the folder of pipeline.toml, the root of a git repository or a folder below it."""
 
@@ -157,7 +161,7 @@ class Project:
         return [os.fsdecode(name) for name in done.split(b"\0") if name]
 
     def blobs(self, sha: str, paths: Sequence[str]) -> dict[str, bytes | None]:
-        """Contents of files in the commit, None for what is no file there; one git process for all."""
+        """Contents of files in the commit, None for what is no file there; one git process for all. Raises Unsound."""
         _check_sha(sha)
         paths = [p for p in paths if "\n" not in p]
         asked = b"".join(os.fsencode(f"{sha}:{path}\n") for path in paths)
@@ -173,7 +177,19 @@ class Project:
                 size = int(header[2])
                 found[path] = answer[at : at + size] if header[1] == b"blob" else None
                 at += size + 1
+        self._not_damaged(sha, [path for path in paths if found[path] is None])
         return found
+
+    def _not_damaged(self, sha: str, missing: Sequence[str]) -> None:
+        """git says "missing" of a file that a commit does not have, and of one that it has and cannot be read."""
+        there = self._checked("ls-tree", "-z", "--full-tree", sha, "--", *missing) if missing else b""
+        for line in filter(None, there.split(b"\0")):
+            match = _ENTRY.fullmatch(line)
+            if match and match[2] == b"blob":
+                raise Unsound(
+                    f"{self.root}: git cannot read {os.fsdecode(match[4])}@{sha[:7]}; expected a sound repository: "
+                    "git fsck; what is damaged comes back from a fresh clone"
+                )
 
     def _entries(self, sha: str, files: Sequence[str]) -> dict[str, str]:
         """path -> blob id, of files and of everything below folders."""
@@ -210,7 +226,7 @@ class Project:
         done = self._git(*arguments, stdin=stdin)
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip()
-            raise ConfigError(f"{self.root}: git {arguments[0]} failed: {said}; expected a sound repository: git fsck")
+            raise Unsound(f"{self.root}: git {arguments[0]} failed: {said}; expected a sound repository: git fsck")
         return done.stdout
 
     @staticmethod

@@ -2,22 +2,24 @@
 
 Of several pushes to a branch the newest counts; it is compared with the last commit that was decided, so nothing that
 came between is forgotten. The run is asked for under an idempotency key of repository, commit and pipeline: a crash
-between Prefect's answer and our record repeats the question and gets the same run. Prefect or the remote away: tried
-again. Not covered: receiving (flows.push_receiver, `reprise hook push`), running (flows.serve).
+between Prefect's answer and our record repeats the question and gets the same run. Prefect or the remote away, or a
+checkout that git cannot read: tried again, however long it takes; only a commit that the remote does not have for a day
+is given up. Not covered: receiving (flows.push_receiver, `reprise hook push`), running (flows.serve).
 """
 
 from __future__ import annotations
 
 import itertools
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from deployments.errors import ConfigError, StepError, TryAgain
 from flows.cluster_settings import ClusterSettings
-from flows.fetch import SHA, fetch_commit, has_commit, is_ancestor
+from flows.fetch import SHA, NotThere, fetch_commit, has_commit, is_ancestor
 from flows.prefect_api import Prefect
-from flows.project import Project
+from flows.project import Project, Unsound
 from flows.push_plan import Decision, decide, keys_at
 from flows.push_queue import ZERO, Entry, Push, PushQueue
 from flows.settings import PipelineSettings, PlaceSettings, load_pipeline
@@ -26,6 +28,8 @@ from flows.triggers import any_place, prefect_of
 
 LONGEST_SETTLE = 60.0  # seconds: however fast they come, a burst is decided after this
 REMOTE_PATIENCE = 86_400.0  # seconds that a remote may be without the commit before the push is refused
+LEAST_TRIES = 20  # before that: a clock that was put forward must not refuse a push
+LONGEST_PAUSE = 60.0  # seconds between tries for a commit that is not there; a quarter of it for a server that is away
 POLL_SECONDS = 0.5
 
 
@@ -53,11 +57,12 @@ def open_target(pipeline: str, place: str) -> Target:
     file = pipeline_file(Order(pipeline=pipeline))
     settings = any_place(place, file.parent)
     state = file.parent / ".reprise" if isinstance(settings, ClusterSettings) else settings.state
+    described = load_pipeline(file)
     return Target(
-        settings=load_pipeline(file),
+        settings=described,
         place=settings,
         project=Project(file.parent),
-        queue=PushQueue(state / "push" / "queue.db"),
+        queue=PushQueue(state / "push" / f"{described.name}.db"),
         prefect=prefect_of(settings),
     )
 
@@ -66,8 +71,8 @@ def drain(target: Target) -> list[Entry]:
     """Decide what is due; returns the entries that are decided now. Nothing when another process is at it."""
     with target.queue.turn() as ours:
         waiting = target.queue.waiting() if ours else []
-        branches = itertools.groupby(sorted(waiting, key=lambda e: e.push.branch), key=lambda e: e.push.branch)
-        touched = [e for _, group in branches for e in _branch(target, sorted(group, key=lambda e: e.number))]
+        branches = itertools.groupby(sorted(waiting, key=lambda e: (e.push.branch, e.number)), lambda e: e.push.branch)
+        touched = [e for _, group in branches for e in _branch(target, list(group))]
     found = [target.queue.find(e.id) for e in touched]
     return [e for e in found if e and e.state != "waiting"]
 
@@ -83,37 +88,61 @@ def drain_forever(target: Target, stopped: Callable[[float], bool], tell: Callab
         except Exception as error:  # one bad look must not end the receiver
             if str(error) != told:
                 told = str(error)
-                tell(f"{target.name}: {told}")
+                tell(f"{target.name}: {one_line(told)}")
 
 
 def sentence(entry: Entry) -> str:
-    """What became of a push, for a person."""
+    """What became of a push, for a person: one line that no push can make look like another."""
     what = f"{entry.push.branch} {entry.push.after[:7]}"
     if entry.state == "waiting":
-        return f"{what}: waiting" + (f" ({entry.reason})" if entry.reason else "")
+        return one_line(f"{what}: waiting" + (f" ({entry.reason})" if entry.reason else ""))
     verb = entry.action if entry.state == "started" else entry.state
-    return f"{what}: {verb}, because {entry.reason}" + (f"; flow run {entry.flow_run}" if entry.flow_run else "")
+    run = f"; flow run {entry.flow_run}" if entry.flow_run else ""
+    return one_line(f"{what}: {verb}, because {entry.reason}{run}")
+
+
+def one_line(text: str) -> str:
+    """The same with control characters written out: reasons quote what was pushed, and go to terminals and logs."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _branch(target: Target, entries: list[Entry]) -> list[Entry]:
-    """One branch's waiting pushes, oldest first; returns those that were looked at."""
+    """One branch's waiting pushes, oldest first; returns those that were looked at.
+
+    Nothing that is wrong with one branch, or with one commit, keeps the others waiting.
+    """
     now, settle = time.time(), target.settings.push.settle
-    if now - entries[-1].received < settle and now - entries[0].received < LONGEST_SETTLE:
+    # A clock that was put back has left times in the future behind: they are over.
+    if 0 <= now - entries[-1].received < settle and 0 <= now - entries[0].received < LONGEST_SETTLE:
         return []
     newest = entries[-1]
-    if newest.next_try > now:
+    if 0 < newest.next_try - now <= LONGEST_PAUSE:
         return []
     try:
         _decide(target, entries)
-    except TryAgain as error:
-        waited = now - newest.received
-        if "cannot be fetched" in str(error) and waited > REMOTE_PATIENCE:
-            target.queue.decide(newest, "refused", reason=str(error))
-        else:
-            target.queue.postpone(newest, min(2.0**newest.tries, 15.0), str(error))
+    except NotThere as error:
+        _put_off(target, newest, str(error), lost=True)
+        if entries[:-1]:
+            _branch(target, entries[:-1])
+    except (TryAgain, Unsound) as error:
+        _put_off(target, newest, str(error))
     except StepError as error:
         target.queue.decide(newest, "refused", reason=str(error))
+    except sqlite3.Error:
+        raise
+    except Exception as error:
+        _put_off(target, newest, f"{type(error).__name__}: {error}", lost=True)
     return entries
+
+
+def _put_off(target: Target, entry: Entry, reason: str, *, lost: bool = False) -> None:
+    """Try it again later; what only its own commit can be at fault for (`lost`) not for ever."""
+    waited = time.time() - entry.received
+    if lost and waited > REMOTE_PATIENCE and entry.tries >= LEAST_TRIES:
+        target.queue.decide(entry, "refused", reason=reason)
+    else:
+        longest = LONGEST_PAUSE if lost else LONGEST_PAUSE / 4
+        target.queue.postpone(entry, min(2.0 ** min(entry.tries, 10), longest), reason)
 
 
 def _decide(target: Target, entries: list[Entry]) -> None:

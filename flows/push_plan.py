@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deployments.errors import ConfigError
 from flows.plan import step_keys
 from flows.project import Project
 from flows.settings import PipelineSettings, load_pipeline
@@ -89,6 +90,11 @@ def keys_at(project: Project, pipeline: PipelineSettings, sha: str) -> dict[str,
     """
     name = pipeline.file.name
     text = project.read_text(sha, project.in_repo(name))
-    at_commit = load_pipeline(text, source_name=f"{name}@{sha[:7]}", file=pipeline.file)
+    try:
+        at_commit = load_pipeline(text, source_name=f"{name}@{sha[:7]}", file=pipeline.file)
+    except RecursionError:
+        raise ConfigError(
+            f"{name}@{sha[:7]}: nested too deeply; expected settings as [section] and key = value"
+        ) from None
     keys = step_keys(at_commit, project, sha)
     return {step: StepKey(key=key, inputs=inputs) for step, (key, inputs) in keys.steps.items()}

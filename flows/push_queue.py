@@ -1,8 +1,9 @@
 """The pushes that came in, each kept on disk before it is answered, and what became of it.
 
-One SQLite file per project (P/.reprise/push/queue.db). A push is its repository, branch and the two commits it went
-between, so a redelivery finds itself already there. Its row waits until it is decided; a process that dies in between
-leaves it waiting. Standard library only. Not covered: deciding (flows.push_plan), handing over (flows.push_handover).
+One SQLite file per pipeline (P/.reprise/push/<pipeline>.db). A push is its repository, branch and the two commits it
+went between, so a redelivery finds itself already there. Its row waits until it is decided; a process that dies in
+between leaves it waiting. Standard library only. Not covered: deciding (flows.push_plan), handing over
+(flows.push_handover).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Literal
 
 State = Literal["waiting", "started", "nothing", "superseded", "refused"]
 ZERO = "0" * 40
+BUSY_SECONDS = 30.0  # a push that is kept late is worth more than one that is refused
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS pushes (
@@ -77,7 +79,7 @@ class Entry:
 
 
 class PushQueue:
-    """The queue of one project. Safe for several threads and processes; a connection per call."""
+    """The queue of one pipeline. Safe for several threads and processes; a connection per call."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +90,7 @@ class PushQueue:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as db:
+        with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
             db.execute("PRAGMA synchronous=FULL")  # an answered push survives the machine, not only the process
             db.row_factory = sqlite3.Row
             yield db

@@ -5,59 +5,42 @@
 A request is measured, then its signature is checked over the raw body, and only then is anything in it read. A push is
 on the disk before it is answered 202; deciding and handing over happens after the answer (flows.push_handover).
 Answers: 202 accepted or ignored, 200 duplicate or ping, 400 malformed, 401 not signed by us, 408 too slow, 413 too
-big, 415 not JSON. Not covered: TLS (the proxy's), rates (the proxy's).
+big, 415 not plain JSON, 431 too many headers, 503 could not be kept. Not covered: signatures (flows.push_signature),
+what payloads say (flows.push_payload), connections (flows.push_server), TLS and rates (the proxy's).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import json
-import re
+import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from flows.push_handover import Target, drain_forever
-from flows.push_queue import ZERO, Push
+from flows.push_payload import SCHEMA, Refused, event_of, read_push
+from flows.push_queue import Push
+from flows.push_signature import is_signed, signing_key
 from flows.push_status import report_forever
 from flows.references import secret
 
 MAX_BYTES = 8 << 20  # GitHub lists up to 2,048 commits with the names of their files: 2 to 4 MB
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 128 << 10
 LARGE_AT_ONCE = 4  # before the signature is checked anybody may send one: this bounds the memory
 BODY_SECONDS = 10.0
+HEADERS, HEADER_BYTES = 100, 32 << 10
 LEAST_SECRET = 32  # bytes
-_SHA = re.compile(r"[0-9a-f]{40}")
-_SIGNATURES = ("x-hub-signature-256", "x-gitea-signature", "x-forgejo-signature", "x-gogs-signature")
 _ANSWER = {
     "type": "object",
     "properties": {"status": {"type": "string"}, "reason": {"type": "string"}, "id": {"type": "string"}},
     "required": ["status", "reason"],
-}
-_COMMIT = {"type": "string", "pattern": "^[0-9a-f]{40}$"}
-_PUSH = {
-    "type": "object",
-    "properties": {
-        "ref": {"type": "string", "examples": ["refs/heads/main"]},
-        "before": _COMMIT,
-        "after": _COMMIT,
-        "deleted": {"type": "boolean"},
-        "repository": {"type": "object", "properties": {"full_name": {"type": "string", "minLength": 1}}},
-        "project": {"type": "object", "properties": {"path_with_namespace": {"type": "string", "minLength": 1}}},
-    },
-    "required": ["ref", "before", "after"],
-    "anyOf": [
-        {"required": ["repository"], "properties": {"repository": {"required": ["full_name"]}}},
-        {"required": ["project"], "properties": {"project": {"required": ["path_with_namespace"]}}},
-    ],
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"description": text, "content": {"application/json": {"schema": _ANSWER}}}
@@ -68,7 +51,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         401: "Not signed with the secret",
         408: "The body took too long",
         413: "Larger than 8 MiB",
-        415: "Not JSON",
+        415: "Not plain JSON",
+        431: "Too many headers",
+        503: "The push could not be kept: send it again",
     }.items()
 }
 
@@ -79,14 +64,6 @@ class Guarded:
 
     target: Target
     key: bytes
-
-
-class Refused(Exception):
-    """An answer that ends the request."""
-
-    def __init__(self, code: int, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code, self.status, self.reason = code, status, reason
 
 
 def guard(targets: Sequence[Target]) -> list[Guarded]:
@@ -102,7 +79,17 @@ def guard(targets: Sequence[Target]) -> list[Guarded]:
                 '"acme/digits"; pushes of any other repository are ignored'
             )
         name = f"{target.settings.file}: [push] secret"
-        guarded.append(Guarded(target=target, key=secret(push.secret, what=name, least=LEAST_SECRET)))
+        found = secret(push.secret, what=name, least=LEAST_SECRET)
+        try:
+            key = signing_key(found)
+        except ValueError as error:
+            raise ConfigError(f"{name} = {push.secret!r}: {error}; expected GitLab's signing token, whole") from None
+        if len(key) < LEAST_SECRET:
+            raise ConfigError(
+                f"{name} = {push.secret!r}: the signing token has {len(key)} bytes; expected at least {LEAST_SECRET}, "
+                "because whoever guesses it can start runs; let GitLab make a new one"
+            )
+        guarded.append(Guarded(target=target, key=found))
     return guarded
 
 
@@ -126,46 +113,72 @@ def make_app(
         for thread in threads:
             await run_in_threadpool(thread.join, 10)
 
-    app = FastAPI(title="Reprise push receiver", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Reprise push receiver",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # no forge follows one; 404 says that the address is wrong
+    )
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
-        return JSONResponse({"status": error.status, "reason": error.reason}, error.code)
+        answer = JSONResponse({"status": "refused", "reason": error.reason}, error.code)
+        if error.close:
+            answer.headers["connection"] = "close"
+        return answer
 
-    @app.get("/health", response_class=JSONResponse)
+    @app.exception_handler(sqlite3.Error)
+    async def not_kept(request: Request, error: sqlite3.Error) -> JSONResponse:
+        """Never 202 for what is not on the disk. Forges show the delivery as failed, with a button to send it again."""
+        tell(f"the queue of pushes cannot be used: {error}; answered {request.url.path} with 503")
+        reason = "the queue of pushes cannot be used now; send it again when the machine of the receiver is well"
+        return JSONResponse({"status": "refused", "reason": reason}, 503)
+
+    @app.get("/health", response_class=JSONResponse, responses={503: _RESPONSES[503]})
     def health() -> dict[str, Any]:
         """Whether the queues can be read, and how many pushes wait in them."""
         return {"status": "ok", "waiting": sum(len(g.target.queue.waiting()) for g in guarded)}
 
     large = asyncio.Semaphore(LARGE_AT_ONCE)
-    body = {"required": True, "content": {"application/json": {"schema": _PUSH}}}
+    body = {"required": True, "content": {"application/json": {"schema": SCHEMA}}}
 
     @app.post("/push", status_code=202, responses=_RESPONSES, openapi_extra={"requestBody": body})
     async def push(request: Request) -> JSONResponse:
         """A push, as the forge sends it."""
+        _measure(request)
         raw = await _body(request, large)
-        ours = _signed(guarded, request.headers, raw)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refused(
-                415, "refused", f"content type {kind[:80]!r}; expected application/json: choose it in the forge"
-            )
-        source, event = _event(request.headers)
+        ours = [one for one in guarded if is_signed(one.key, request.headers.raw, raw)]
+        if not ours:
+            raise Refused(401, "not signed with the secret of any pipeline here")
+        _plain_json(request)
+        source, event = event_of(request.headers)
         if event == "ping":
             return JSONResponse({"status": "pong", "reason": "the signature is right"}, 200)
         if event not in ("push", "push hook"):
             return _ignored(f"event {event[:80]!r}; only pushes count")
-        found, why = _read(raw, source)
+        found, why = read_push(raw, source)
         return await run_in_threadpool(_receive, ours, found) if found else _ignored(why)
 
     return app
 
 
-async def _body(request: Request, large: asyncio.Semaphore) -> bytes:
-    """The raw body, never more of it than allowed and never longer than allowed; few large ones at once."""
+def _measure(request: Request) -> None:
+    """What can be refused before a byte of the body is read."""
+    headers = request.headers.raw
+    if len(headers) > HEADERS or sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
+        raise Refused(431, f"too many headers; expected at most {HEADERS} of together {HEADER_BYTES} bytes")
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:
+        # What follows may be the rest of the body for one reader and another request for the next.
+        raise Refused(400, "Content-Length beside Transfer-Encoding; expected one of them", close=True)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > MAX_BYTES:
-        raise Refused(413, "refused", f"{declared} bytes; expected at most {MAX_BYTES}")
+        raise Refused(413, f"{declared} bytes; expected at most {MAX_BYTES}")
+
+
+async def _body(request: Request, large: asyncio.Semaphore) -> bytes:
+    """The raw body, never more of it than allowed and never longer than allowed; few large ones at once."""
     raw = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS), AsyncExitStack() as held:
@@ -173,92 +186,25 @@ async def _body(request: Request, large: asyncio.Semaphore) -> bytes:
             async for chunk in request.stream():
                 raw += chunk
                 if len(raw) > MAX_BYTES:
-                    raise Refused(413, "refused", f"more than {MAX_BYTES} bytes")
+                    raise Refused(413, f"more than {MAX_BYTES} bytes")
                 if len(raw) > LARGE_BYTES and not waited:
                     waited = True
                     await held.enter_async_context(large)
     except TimeoutError:
-        raise Refused(408, "refused", f"the body was not there within {BODY_SECONDS:g} s") from None
+        raise Refused(408, f"the body was not there within {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise Refused(400, "the body ended in the middle") from None  # nobody hears it; no traceback for it either
     return bytes(raw)
 
 
-def _signed(guarded: Sequence[Guarded], headers: Mapping[str, str], raw: bytes) -> list[Guarded]:
-    """Those whose secret signed this. Raises Refused 401 if there is none. Every secret is tried in constant time."""
-    given = [
-        headers[name].removeprefix("sha256=").encode("utf-8", "replace") for name in _SIGNATURES if name in headers
-    ]
-    token = headers.get("x-gitlab-token", "").encode("utf-8", "replace")
-    ours = []
-    for one in guarded:
-        expected = hmac.new(one.key, raw, hashlib.sha256).hexdigest().encode()
-        right = [hmac.compare_digest(expected, signature) for signature in given]
-        # Gitea sends GitHub's header beside its own: every signature that is there has to be right.
-        if (right and all(right)) or (not given and hmac.compare_digest(one.key, token)):
-            ours.append(one)
-    if not ours:
-        raise Refused(401, "refused", "not signed with the secret of any pipeline here")
-    return ours
-
-
-def _event(headers: Mapping[str, str]) -> tuple[str, str]:
-    """(which forge, which event in lower case)"""
-    for source, name in (
-        ("gitea", "x-forgejo-event"),
-        ("gitea", "x-gitea-event"),
-        ("github", "x-github-event"),
-        ("gitlab", "x-gitlab-event"),
-    ):
-        if name in headers:
-            return source, headers[name].strip().lower()
-    raise Refused(400, "refused", "no X-GitHub-Event, X-Gitlab-Event or X-Gitea-Event header")
-
-
-def _read(raw: bytes, source: str) -> tuple[Push | None, str]:
-    """(the push, why it is none that could start a run). Raises Refused 400 for a malformed payload."""
-    try:
-        payload = json.loads(raw.decode())
-    except (ValueError, RecursionError):
-        raise Refused(400, "refused", "the body is not JSON") from None
-    if not isinstance(payload, dict):
-        raise Refused(400, "refused", "the body is no JSON object")
-    ref, before, after = (payload.get(name) for name in ("ref", "before", "after"))
-    names = _name(payload, "repository", "full_name"), _name(payload, "project", "path_with_namespace")
-    name = names[0] or names[1]
-    if not isinstance(ref, str) or not name:
-        raise Refused(400, "refused", "no ref or no name of the repository in it; expected the payload of a push")
-    for sha in (before, after):
-        if not isinstance(sha, str) or not _SHA.fullmatch(sha):
-            raise Refused(400, "refused", f"before or after is {str(sha)[:60]!r}; expected 40 hex digits")
-    if not ref.startswith("refs/heads/"):
-        return None, f"{ref[:120]!r} is no branch"
-    if not isinstance(payload.get("deleted", False), bool):
-        raise Refused(400, "refused", "deleted is neither true nor false")
-    if after == ZERO or payload.get("deleted"):
-        return None, "the branch was deleted"
-    pusher = payload.get("user_username") or payload.get("pusher")
-    if isinstance(pusher, dict):
-        pusher = pusher.get("name") or pusher.get("login")
-    push = Push(
-        repository=name,
-        branch=ref.removeprefix("refs/heads/"),
-        before=str(before),
-        after=str(after),
-        body=hashlib.sha256(raw).hexdigest(),
-        pusher=str(pusher or "")[:100],
-        source=source,
-    )
-    return push, ""
-
-
-def _name(payload: dict[str, Any], holder: str, key: str) -> str:
-    """acme/digits, where the forge says it; GitLab's is `project`. Raises Refused 400 for one of another form."""
-    named = payload.get(holder, {})
-    found = named.get(key, "-") if isinstance(named, dict) else ""
-    if not isinstance(found, str) or not found:
-        raise Refused(
-            400, "refused", f"{holder} is not of the form that forges send; expected {{{key!r}: 'owner/name'}}"
-        )
-    return found if key in named else ""
+def _plain_json(request: Request) -> None:
+    """Forges can also send forms, and nobody packs."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(415, f"content type {kind[:80]!r}; expected application/json: choose it in the forge")
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed != "identity":
+        raise Refused(415, f"content encoding {packed[:80]!r}; expected the body as it is")
 
 
 def _receive(ours: Sequence[Guarded], push: Push) -> JSONResponse:
@@ -269,7 +215,8 @@ def _receive(ours: Sequence[Guarded], push: Push) -> JSONResponse:
     takers = [t for t in known if push.branch in t.settings.push.branches]
     if not takers:
         return _ignored(f"branch {push.branch[:120]!r} is not listed in [push] branches")
-    kept = [t.queue.add(push) for t in takers]
+    # By the name that is configured: a copy told under another spelling is a copy.
+    kept = [t.queue.add(replace(push, repository=t.settings.push.repository)) for t in takers]
     names, push_id = ", ".join(t.name for t in takers), kept[0][0]
     if not any(new for _, new in kept):
         return JSONResponse({"status": "duplicate", "reason": f"known already for {names}", "id": push_id}, 200)

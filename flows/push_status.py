@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from deployments.errors import GiveUp, StepError
-from flows.push_forges import HOMES, Away, Barred, Repository, Status
-from flows.push_handover import Target
+from flows.push_forges import HOMES, LONGEST_WAIT, Away, Barred, Repository, Status
+from flows.push_handover import Target, one_line
 from flows.push_queue import Entry
 from flows.references import secret
 
@@ -57,7 +57,7 @@ class Record:
 
 
 class StatusLog:
-    """Beside the queue of a project: what was said of each of its pushes, by the push's number."""
+    """Beside the queue of a pipeline: what was said of each of its pushes, by the push's number."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,6 +80,11 @@ class StatusLog:
         values = (number, record.said, record.closed, record.tries, record.next_try)
         with closing(self._open()) as db:
             db.execute("INSERT OR REPLACE INTO statuses VALUES (?, ?, ?, ?, ?)", values)
+
+
+def status_file(target: Target) -> Path:
+    """Where the log of a pipeline is."""
+    return target.queue.path.with_suffix(".status.db")
 
 
 def status_of(entry: Entry, run: dict[str, Any] | None, url: str, *, now: float) -> tuple[Status | None, bool]:
@@ -140,7 +145,8 @@ def report(target: Target, log: StatusLog, repository: Repository) -> list[str]:
     told, now = [], time.time()
     for entry in reversed(target.queue.entries(200)):
         record = log.read(entry.number)
-        if record.closed or record.next_try > now or now - entry.received > PATIENCE:
+        # A wait that is longer than any is one from before the clock was put back.
+        if record.closed or 0 < record.next_try - now <= LONGEST_WAIT or now - entry.received > PATIENCE:
             continue
         try:
             status, last = status_of(entry, *_run(target, entry), now=now)
@@ -150,7 +156,7 @@ def report(target: Target, log: StatusLog, repository: Repository) -> list[str]:
             if said != record.said or last or record.tries:
                 log.write(entry.number, Record(said=said, closed=last))
         except Away as error:
-            wait = max(error.seconds, min(2.0**record.tries, LONGEST_BACKOFF))
+            wait = max(error.seconds, min(2.0 ** min(record.tries, 10), LONGEST_BACKOFF))
             log.write(entry.number, Record(said=record.said, tries=record.tries + 1, next_try=now + wait))
             told.append(f"[push.status] {error}; tried again, the run goes on")
             break  # the others would wait for the same timeout
@@ -184,7 +190,7 @@ def report_forever(target: Target, stopped: Callable[[float], bool], tell: Calla
     """Report until `stopped(seconds)` says so; at once over where no forge is named. Each trouble is told once."""
     if not target.settings.push.status.forge:
         return
-    log, told = StatusLog(target.queue.path.with_name("status.db")), set[str]()
+    log, told = StatusLog(status_file(target)), set[str]()
     while not stopped(POLL_SECONDS):
         try:
             repository = repository_of(target)
@@ -197,5 +203,5 @@ def report_forever(target: Target, stopped: Callable[[float], bool], tell: Calla
             lines = [str(error)]
         for line in dict.fromkeys(lines):
             if line not in told:
-                tell(f"{target.name}: {line}")
+                tell(one_line(f"{target.name}: {line}"))
         told.update(lines)

@@ -70,26 +70,18 @@ def stop_serving(place: PlaceSettings) -> list[str]:
 
 def receive_pushes(*, pipelines: Sequence[str], place: str, host: str, port: int) -> None:
     """`reprise hook serve`"""
-    import uvicorn
-
     from flows.push_handover import open_target
     from flows.push_receiver import guard, make_app
+    from flows.push_server import listen, make_server
 
     guarded = guard([open_target(pipeline, place) for pipeline in pipelines])
-    for one in guarded:
-        push = one.target.settings.push
-        say(f"{one.target.name}: pushes of {push.repository}, branches {', '.join(push.branches)}")
-    say(f"receiving at http://{host}:{port}/push")
-    uvicorn.run(
-        make_app(guarded, tell=say),
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=5,
-        limit_concurrency=500,
-    )
+    server = make_server(make_app(guarded, tell=say))
+    with listen(host, port) as listening:
+        for one in guarded:
+            push = one.target.settings.push
+            say(f"{one.target.name}: pushes of {push.repository}, branches {', '.join(push.branches)}")
+        say(f"receiving at http://{host}:{listening.getsockname()[1]}/push")
+        server.run(sockets=[listening])
 
 
 def push_from_hook(before: str, after: str, ref: str, *, wait: float, pipeline: str, place: str, as_json: bool) -> None:
@@ -113,7 +105,7 @@ def push_from_hook(before: str, after: str, ref: str, *, wait: float, pipeline: 
 
 def list_pushes(*, pipeline: str, place: str, as_json: bool) -> None:
     """`reprise hook list`"""
-    from flows.push_handover import open_target
+    from flows.push_handover import one_line, open_target
 
     entries: list[Entry] = open_target(pipeline, place).queue.entries()
     if as_json:
@@ -130,7 +122,7 @@ def list_pushes(*, pipeline: str, place: str, as_json: bool) -> None:
             e.push.source,
             e.state,
             e.action,
-            e.reason or (f"{time.time() - e.received:.0f} s" if e.state == "waiting" else ""),
+            one_line(e.reason) or (f"{time.time() - e.received:.0f} s" if e.state == "waiting" else ""),
         ]
         for e in reversed(entries)
     ]

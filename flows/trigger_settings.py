@@ -140,6 +140,8 @@ class PushSettings(Section):
     def _forge_name(cls, value: str) -> str:
         if value and not _REPOSITORY.fullmatch(value):
             raise ValueError('expected the full name on the forge, such as "acme/digits", without https://')
+        if value.lower().endswith(".git"):
+            raise ValueError(f'expected the name as the forge calls it, without .git: "{value[:-4]}"')
         return value
 
     @field_validator("remote")

@@ -24,7 +24,7 @@ import flows.push_handover
 from flows.push_handover import open_target
 from flows.push_receiver import guard, make_app
 
-FILES = ("push_receiver", "push_queue", "push_handover", "fetch", "prefect_api")
+FILES = ("push_receiver", "push_signature", "push_payload", "push_queue", "push_handover", "fetch", "prefect_api")
 FOLDER = str(Path(flows.push_handover.__file__).parent)
 
 

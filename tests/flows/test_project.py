@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments.errors import ConfigError, PreflightError
-from flows.project import Project
+from flows.project import Project, Unsound
 from tests.tasks.dvc_kit import MODULE, commit, copy_project, git, make_project
 
 
@@ -271,3 +271,15 @@ def test_nothing_is_pulled_or_written(project: Project, sha: str) -> None:
     before = sorted(str(p) for p in project.root.rglob("*") if ".git/" not in str(p))
     project.data_pointer(sha, "data/d")
     assert sorted(str(p) for p in project.root.rglob("*") if ".git/" not in str(p)) == before
+
+
+def test_a_damaged_file_is_not_taken_for_one_that_is_not_there(project: Project) -> None:
+    """git says "missing" of both."""
+    sha = project.resolve("HEAD")
+    assert project.blobs(sha, ["m.py", "nowhere.py"])["nowhere.py"] is None
+    blob = project._git("rev-parse", f"{sha}:m.py").stdout.decode().strip()
+    loose = project.root / ".git" / "objects" / blob[:2] / blob[2:]
+    loose.chmod(0o644)
+    loose.write_bytes(b"damaged")
+    with pytest.raises(Unsound, match=r"git cannot read m\.py@.*expected a sound repository: git fsck"):
+        project.blobs(sha, ["m.py", "nowhere.py"])

@@ -23,8 +23,9 @@ from flows.project import Project
 from flows.push_handover import Target
 from flows.push_queue import PushQueue
 from flows.push_receiver import LARGE_AT_ONCE, MAX_BYTES, Guarded, guard, make_app
+from flows.push_signature import is_signed
 from flows.settings import load_pipeline
-from tests.flows.push_kit import SECRET, payload, signed
+from tests.flows.push_kit import SECRET, SIGNING_TOKEN, payload, signed
 
 A, B, ZERO = "a" * 40, "b" * 40, "0" * 40
 PIPELINE = '[pipeline]\nname = "{name}"\n[data]\npath = "d"\n[model]\nmodule = "m.py"\n[push]\n{push}\n'
@@ -43,7 +44,8 @@ class Receiver:
 
     def __init__(self, guarded: list[Guarded]) -> None:
         self.queue = guarded[0].target.queue
-        self.app = make_app(guarded, work=False)
+        self.told: list[str] = []
+        self.app = make_app(guarded, tell=self.told.append, work=False)
 
     async def send(self, body: Any, headers: Any, method: str = "POST") -> httpx.Response:
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=True)
@@ -60,29 +62,47 @@ def receiver(tmp_path: Path) -> Iterator[Receiver]:
     yield Receiver([Guarded(target=target(tmp_path), key=SECRET)])
 
 
-GITLAB = {"project": {"path_with_namespace": "acme/digits"}, "user_username": "ada"}
+GITLAB = {
+    "object_kind": "push",
+    "checkout_sha": B,
+    "project": {"path_with_namespace": "acme/digits"},
+    "repository": {"name": "digits", "url": "git@gitlab.example:acme/digits.git"},
+    "user_username": "ada",
+    "commits": [],
+    "total_commits_count": 4,
+}
 
 
-@pytest.mark.parametrize("forge", ["github", "gitea", "forgejo", "gitlab"])
-def test_a_push_of_each_forge_is_kept(receiver: Receiver, forge: str) -> None:
-    more = GITLAB if forge == "gitlab" else {"pusher": {"name": "ada"}}
-    body = payload(A, B, **more)
-    assert receiver.post(body, signed(body, forge=forge)) == (202, "accepted")
+@pytest.mark.parametrize("forge", ["github", "gitea", "forgejo", "gitlab", "gitlab, signed"])
+def test_a_push_of_each_forge_is_kept(tmp_path: Path, forge: str) -> None:
+    secret = SIGNING_TOKEN if forge == "gitlab, signed" else SECRET
+    receiver = Receiver([Guarded(target=target(tmp_path), key=secret)])
+    body = payload(A, B, pusher={"name": "ada"} if forge == "github" else {"login": "ada"})
+    if "gitlab" in forge:
+        body = json.dumps({"ref": "refs/heads/main", "before": A, "after": B, **GITLAB}).encode()
+    assert receiver.post(body, signed(body, secret, forge=forge)) == (202, "accepted")
     (entry,) = receiver.queue.waiting()
     assert (entry.push.repository, entry.push.branch, entry.push.before, entry.push.after, entry.push.pusher) == (
         "acme/digits", "main", A, B, "ada",
     )  # fmt: skip
-    assert receiver.post(body, signed(body, forge=forge)) == (200, "duplicate")
+    assert entry.push.source == forge.partition(",")[0].replace("forgejo", "gitea")
+    again = {**signed(body, secret, forge=forge), "X-GitHub-Delivery": "another", "X-Gitlab-Event-UUID": "another"}
+    assert receiver.post(body, again) == (200, "duplicate"), "whatever id the delivery has"
+
+
+def test_another_spelling_is_no_other_push(receiver: Receiver) -> None:
+    """Forges take names in either case; the name that is configured is the one that is kept."""
+    for spelling, answer in (("acme/digits", (202, "accepted")), ("Acme/Digits", (200, "duplicate"))):
+        body = payload(A, B, repository=spelling)
+        assert receiver.post(body, signed(body)) == answer
+    assert [e.push.repository for e in receiver.queue.entries()] == ["acme/digits"]
 
 
 def test_the_published_example_of_github() -> None:
     """docs.github.com, validating webhook deliveries: secret, payload and signature as printed there."""
-    from flows.push_receiver import _signed
-
     secret = b"It's a Secret to Everybody"
-    wanted = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
-    one = Guarded(target=None, key=secret)  # type: ignore[arg-type]
-    assert _signed([one], {"x-hub-signature-256": wanted}, b"Hello, World!") == [one]
+    wanted = b"sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
+    assert is_signed(secret, [(b"x-hub-signature-256", wanted)], b"Hello, World!")
 
 
 IGNORED = {
@@ -95,6 +115,17 @@ IGNORED = {
     "a branch below": (payload(A, B, ref="refs/heads/main/x"), "push", 202),
     "other repository": (payload(A, B, repository="evil/digits"), "push", 202),
     "repository that begins alike": (payload(A, B, repository="acme/digits2"), "push", 202),
+    "with .git": (payload(A, B, repository="acme/digits.git"), "push", 202),
+    "a fork": (payload(A, B, repository="eve/digits"), "push", 202),
+    "pull request": (payload(A, B), "pull_request", 202),
+    "tag of GitLab": (payload(A, B), "Tag Push Hook", 202),
+    "two dots": (payload(A, B, ref="refs/heads/a..b"), "push", 202),
+    "an option": (payload(A, B, ref="refs/heads/--upload-pack=touch x"), "push", 202),
+    "an option without a branch": (payload(A, B, ref="--upload-pack=touch x"), "push", 202),
+    "a line end": (payload(A, B, ref="refs/heads/main\n"), "push", 202),
+    "ten thousand characters": (payload(A, B, ref="refs/heads/" + "x" * 10_000), "push", 202),
+    "letters of elsewhere": (payload(A, B, ref="refs/heads/m\u0430in"), "push", 202),
+    "half a character": (payload(A, B, ref="refs/heads/\ud800", pusher={"name": "\ud800"}), "push", 202),
 }
 
 
@@ -122,6 +153,8 @@ MALFORMED = {
     "repository is text": json.dumps({"ref": "refs/heads/main", "before": A, "after": B, "repository": "x"}).encode(),
     "short sha": payload(A, "b" * 39),
     "upper-case sha": payload(A, "B" * 40),
+    "SHA-256 objects": payload("a" * 64, "b" * 64),
+    "a number of 9,000 digits": b'{"x": ' + b"9" * 9_000 + b"}",
     "option as sha": payload(A, "--upload-pack=touch /tmp/x".ljust(40, "x")),
     "sha with a line end": payload(A, "b" * 40 + "\n"),
     "sha is a number": payload(A, 1),  # type: ignore[arg-type]
@@ -150,7 +183,8 @@ FORGED = {
     "of another body": {"X-Hub-Signature-256": signed(payload(A, A))["X-Hub-Signature-256"]},
     "not ASCII": {b"X-Hub-Signature-256": "sha256=ä€".encode()},
     "not ASCII, Latin-1": {b"X-Hub-Signature-256": b"sha256=\xe4"},
-    "SHA-1": {"X-Hub-Signature": "sha1=0"},
+    "SHA-1": {"X-Hub-Signature": signed(payload(A, B))["X-Hub-Signature"]},
+    "blanks in it": {"X-Hub-Signature-256": signed(payload(A, B))["X-Hub-Signature-256"].replace("=", "= ")},
     "upper case": {"X-Hub-Signature-256": signed(payload(A, B))["X-Hub-Signature-256"].upper()},
     "gitea's right, github's wrong": {
         **{k: v for k, v in signed(payload(A, B), forge="gitea").items() if "Signature" in k},
@@ -184,6 +218,36 @@ def test_wrong_content_type(receiver: Receiver, kind: str) -> None:
 def test_content_type_with_a_charset(receiver: Receiver) -> None:
     body = payload(A, B)
     assert receiver.post(body, {**signed(body), "Content-Type": "application/json; charset=utf-8"})[0] == 202
+
+
+@pytest.mark.parametrize("packed", ["gzip", "br", "deflate, gzip"])
+def test_packed_bodies(receiver: Receiver, packed: str) -> None:
+    body = payload(A, B)
+    assert receiver.post(body, {**signed(body), "Content-Encoding": packed}) == (415, "refused")
+
+
+def test_too_many_headers(receiver: Receiver) -> None:
+    body = payload(A, B)
+    assert receiver.post(body, {**signed(body), "X-Large": "x" * (32 << 10)}) == (431, "refused")
+    assert receiver.post(body, {**signed(body), **{f"X-{n}": "x" for n in range(100)}}) == (431, "refused")
+
+
+def test_two_lengths_end_the_connection(receiver: Receiver) -> None:
+    body = payload(A, B)
+    both = {**signed(body), "Content-Length": "4", "Transfer-Encoding": "chunked"}
+    answer = asyncio.run(receiver.send(body, both))
+    assert (answer.status_code, answer.headers["connection"]) == (400, "close")
+
+
+def test_a_sender_that_goes_in_the_middle(receiver: Receiver) -> None:
+    """No exception for it, which a server would log with its whole traceback."""
+    from starlette.requests import ClientDisconnect
+
+    async def gone() -> Any:
+        yield b"{"
+        raise ClientDisconnect
+
+    assert receiver.post(gone(), signed(b"{")) == (400, "refused")
 
 
 def test_too_big_by_its_header_and_by_its_bytes(receiver: Receiver) -> None:
@@ -270,8 +334,39 @@ def test_it_is_on_the_disk_before_it_is_answered(receiver: Receiver, monkeypatch
 
     monkeypatch.setattr(PushQueue, "add", full)
     body = payload(A, B)
-    with pytest.raises(sqlite3.OperationalError):  # which a server answers 500
-        receiver.post(body, signed(body))
+    assert receiver.post(body, signed(body)) == (503, "refused")
+    assert receiver.told == ["the queue of pushes cannot be used: database or disk is full; answered /push with 503"]
+
+
+def test_a_queue_that_somebody_holds(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.push_queue.BUSY_SECONDS", 0.2)
+    body = payload(A, B)
+    holder = sqlite3.connect(receiver.queue.path, isolation_level=None)
+    try:
+        holder.execute("BEGIN IMMEDIATE")
+        assert receiver.post(body, signed(body)) == (503, "refused")
+        holder.execute("ROLLBACK")
+    finally:
+        holder.close()
+    assert receiver.post(body, signed(body)) == (202, "accepted"), "sent again"
+
+
+def test_one_of_two_queues_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is for both: sent again, the one that has it already is not told twice."""
+    targets = [target(tmp_path / name, name=name) for name in ("one", "two")]
+    receiver = Receiver([Guarded(target=t, key=SECRET) for t in targets])
+    body, add = payload(A, B), PushQueue.add
+
+    def full(queue: PushQueue, push: Any) -> Any:
+        if queue is targets[1].queue:
+            raise sqlite3.OperationalError("database or disk is full")
+        return add(queue, push)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PushQueue, "add", full)
+        assert receiver.post(body, signed(body)) == (503, "refused")
+    assert receiver.post(body, signed(body)) == (202, "accepted")
+    assert [len(t.queue.entries()) for t in targets] == [1, 1]
 
 
 def test_two_pipelines_two_secrets(tmp_path: Path) -> None:
@@ -296,6 +391,8 @@ def test_two_pipelines_two_secrets(tmp_path: Path) -> None:
         ('repository = "a/b"', {"REPRISE_PUSH_SECRET": " " * 40}, r"has 0 bytes; expected at least 32"),
         ('repository = "a/b"', {"REPRISE_PUSH_SECRET": "x" * 31}, r"has 31 bytes; expected at least 32"),
         ('repository = "a/b"\nsecret = "file:/no/such"', {}, r"cannot be read \(No such file"),
+        ('repository = "a/b"', {"REPRISE_PUSH_SECRET": "whsec_" + "x" * 43}, r"follows whsec_ is not base64"),
+        ('repository = "a/b"', {"REPRISE_PUSH_SECRET": "whsec_" + "xxxx" * 10}, r"has 30 bytes; expected at least 32"),
     ],
 )
 def test_it_does_not_start_without_a_secret_worth_the_name(
@@ -315,13 +412,16 @@ def test_a_secret_from_a_file(tmp_path: Path) -> None:
     assert one.key == SECRET
 
 
-def test_health(receiver: Receiver) -> None:
+def test_health(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask() -> Any:
         transport = httpx.ASGITransport(app=receiver.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
-            return (await client.get("/health")).json()
+            answer = await client.get("/health")
+            return answer.status_code, answer.json()["status"]
 
-    assert asyncio.run(ask()) == {"status": "ok", "waiting": 0}
+    assert asyncio.run(ask()) == (200, "ok")
+    receiver.queue.path.write_bytes(b"no database" * 1000)
+    assert asyncio.run(ask()) == (503, "refused")
 
 
 def test_the_script_for_ci_over_real_http(receiver: Receiver) -> None:

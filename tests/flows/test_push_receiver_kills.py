@@ -172,7 +172,7 @@ def through(setting: Setting, every: int) -> tuple[int, int, int]:
     reached = points(setting)
     assert len(reached) > 100
     assert {p.split(":")[0] for p in reached} == {
-        "push_receiver", "push_queue", "push_handover", "fetch", "prefect_api",
+        "push_receiver", "push_signature", "push_payload", "push_queue", "push_handover", "fetch", "prefect_api",
     }  # fmt: skip
     ends = [kill_at(setting, point) for point in reached[::every]]
     killed = [answered for answered, code in ends if code == -signal.SIGKILL]

@@ -86,7 +86,7 @@ def target(repos: Repositories, forge: FakeForge, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def log(target: Target) -> StatusLog:
-    return StatusLog(target.queue.path.with_name("status.db"))
+    return StatusLog(target.queue.path.with_suffix(".status.db"))
 
 
 def push(repos: Repositories, target: Target, old: str, new: str, file: str = "pipeline.toml") -> str:

@@ -21,6 +21,7 @@ MISTAKES = {
     "unknown strategy": ('[schedule]\noverlap = "queue"', r"overlap = \"queue\": expected 'wait' or 'skip'"),
     "option as revision": ('[schedule]\nrev = "--all"', r'rev = "--all": expected a branch, a tag or a commit'),
     "repository as URL": ('[push]\nrepository = "https://forge/a/b"', r"expected the full name on the forge"),
+    "repository with .git": ('[push]\nrepository = "acme/digits.git"', r'without \.git: "acme/digits"'),
     "repository without owner": ('[push]\nrepository = "digits"', r"expected the full name on the forge"),
     "full ref as branch": ('[push]\nbranches = ["refs/heads/*"]', r"branches\[0\] = .*: expected the name of a branch"),
     "no branch": ("[push]\nbranches = []", r"\[push\] branches = \[\]: expected at least one"),

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 def test_killed_between_receipt_and_hand_over_it_is_one_run(project: Project, receiver: Receiver, delay: float) -> None:
     """The worker's own loop is stopped for it, so that only the receiver decides."""
     worker = project.worker()
-    queue = PushQueue(project.folder / ".reprise" / "push" / "queue.db")
+    queue = PushQueue(project.folder / ".reprise" / "push" / "digits.db")
     while True:
         os.kill(worker, signal.SIGSTOP)
         with queue.turn() as free:  # stopped in the middle of its turn, it would keep everybody from theirs
