@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deployments.cluster import Cluster
     from deployments.kube_api import KubeApi
     from deployments.manifests import ClusterPlace
+    from tests.preflight_cluster_kit import Nodes
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,24 @@ def place(api: KubeApi, request: pytest.FixtureRequest) -> Iterator[ClusterPlace
     make_namespace(api, name)
     yield ClusterPlace(namespace=name, images=cluster_images(), node_loss_seconds=5)
     api.delete(f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture
+def strict_place(api: KubeApi) -> Iterator[ClusterPlace]:
+    """A namespace that enforces `restricted`, for the preflight."""
+    from tests.preflight_cluster_kit import make_strict_place
+
+    with make_strict_place(api) as made:
+        yield made
+
+
+@pytest.fixture
+def nodes(api: KubeApi) -> Iterator[Nodes]:
+    """Nodes that are only told, for the preflight."""
+    from tests.preflight_cluster_kit import Nodes
+
+    with Nodes(api) as made:
+        yield made
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ MIG = {"nvidia.com/mig-1g.10gb": "2"}
 
 
 @contextmanager
-def strict_place(api: KubeApi) -> Iterator[ClusterPlace]:
+def make_strict_place(api: KubeApi) -> Iterator[ClusterPlace]:
     """A namespace that enforces `restricted`, with a claim and a service account."""
     name = f"preflight-{time.monotonic_ns() % 10**9}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}

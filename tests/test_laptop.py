@@ -11,9 +11,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +24,7 @@ from typing import Any
 import pytest
 
 from flows.example import change_data, create_project
+from tests.laptop_leftovers import processes_of, taken
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -95,27 +94,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     laptop = Laptop(tmp_path_factory.mktemp("digits"), "digits", PORT)
     yield laptop
     laptop.command("down")
-    assert not [n for n in range(len(NAMES)) if _taken(PORT + n)]
-    assert _processes_of(laptop.folder) == []
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _processes_of(folder: Path) -> list[str]:
-    """Command lines of processes that work in the project's folder or were started for it."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            cwd = os.readlink(entry / "cwd")
-        except OSError:
-            continue
-        if entry.name != str(os.getpid()) and (str(folder) in line or cwd.startswith(str(folder))):
-            found.append(line)
-    return found
+    assert not [n for n in range(len(NAMES)) if taken(PORT + n)]
+    assert processes_of(laptop.folder) == []
 
 
 def _consistent(laptop: Laptop, document: dict[str, Any], model: str) -> None:
@@ -341,7 +321,7 @@ def test_rollback_puts_the_version_before_back(digits: Laptop) -> None:
 def test_what_was_in_service_is_again_after_down_and_up(digits: Laptop) -> None:
     before = digits.champion("digits")
     digits.command("down")
-    assert _processes_of(digits.folder) == []
+    assert processes_of(digits.folder) == []
     digits.command("up")
     assert [s["modelVersion"].partition(".")[0] for s in digits.served("digits")] == [before]
 

@@ -9,7 +9,6 @@ time-sliced node refuses a request above one is theirs to do); rights, how soon 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,7 +19,7 @@ from deployments.preflight import preflight
 from deployments.preflight_findings import Finding, wanted
 from deployments.snapshot_take import take
 from deployments.workload import Workload
-from tests.preflight_cluster_kit import GPU, MIG, OURS, Json, Nodes, make, strict_place, training
+from tests.preflight_cluster_kit import GPU, MIG, OURS, Json, Nodes, make, training
 
 pytestmark = pytest.mark.cluster
 BY_SCHEDULER = {
@@ -67,18 +66,6 @@ CASES: dict[str, tuple[list[Json], Json, str]] = {
 }
 
 
-@pytest.fixture
-def place(api: KubeApi) -> Iterator[ClusterPlace]:
-    with strict_place(api) as made:
-        yield made
-
-
-@pytest.fixture
-def nodes(api: KubeApi) -> Iterator[Nodes]:
-    with Nodes(api) as made:
-        yield made
-
-
 def rows(api: KubeApi, workload: Workload, place: ClusterPlace) -> list[Finding]:
     """What the preflight says about places and admission; the operator is no part of these tests."""
     found = preflight(take(api, place), [workload], place)
@@ -121,28 +108,32 @@ def scheduler_says(api: KubeApi, workload: Workload, place: ClusterPlace) -> tup
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_preflight_and_the_scheduler_agree(name: str, api: KubeApi, place: ClusterPlace, nodes: Nodes) -> None:
+def test_the_preflight_and_the_scheduler_agree(
+    name: str, api: KubeApi, strict_place: ClusterPlace, nodes: Nodes
+) -> None:
     told, changes, what = CASES[name]
     for index, node in enumerate(told):
         nodes.add(f"n{index}", **node)
     nodes.settle()
     workload = training(**changes)
-    found = rows(api, workload, place)
-    placed, said, _ = scheduler_says(api, workload, place)
+    found = rows(api, workload, strict_place)
+    placed, said, _ = scheduler_says(api, workload, strict_place)
     assert list(dict.fromkeys(f.what for f in found)) == ([what] if what else []), found
     assert placed == (what not in BY_SCHEDULER), (said, found)
 
 
-def test_a_gpu_that_another_pod_holds_is_a_wait_and_no_refusal(api: KubeApi, place: ClusterPlace, nodes: Nodes) -> None:
+def test_a_gpu_that_another_pod_holds_is_a_wait_and_no_refusal(
+    api: KubeApi, strict_place: ClusterPlace, nodes: Nodes
+) -> None:
     node = nodes.add("n0", resources=GPU)
     nodes.settle()
-    holder = wanted(manifest(training(name="train-holder-1"), place)).sets[0]
-    root = f"/api/v1/namespaces/{place.namespace}/pods"
+    holder = wanted(manifest(training(name="train-holder-1"), strict_place)).sets[0]
+    root = f"/api/v1/namespaces/{strict_place.namespace}/pods"
     make(api, root, {"kind": "Pod", "metadata": {"name": "holder"}, "spec": {**holder.spec, "nodeName": node}})
-    found = rows(api, training(), place)
+    found = rows(api, training(), strict_place)
     assert [(f.what, f.verdict) for f in found] == [("free capacity", "WARN")], found
-    assert f"{place.namespace}/holder (1)" in found[0].found
-    placed, said, _ = scheduler_says(api, training(), place)
+    assert f"{strict_place.namespace}/holder (1)" in found[0].found
+    placed, said, _ = scheduler_says(api, training(), strict_place)
     assert not placed and "Insufficient nvidia.com/gpu" in said
     api.delete(f"{root}/holder", propagation="Background", grace=0)
 
@@ -160,33 +151,35 @@ def test_a_gpu_that_another_pod_holds_is_a_wait_and_no_refusal(api: KubeApi, pla
     ],
 )
 def test_the_preflight_and_admission_agree(
-    kind: str, spec: Json, what: str, api: KubeApi, place: ClusterPlace, nodes: Nodes
+    kind: str, spec: Json, what: str, api: KubeApi, strict_place: ClusterPlace, nodes: Nodes
 ) -> None:
     nodes.add("n0", resources=GPU)
     nodes.settle()
     name = {"resourcequotas": "ResourceQuota", "limitranges": "LimitRange"}[kind]
-    path = f"/api/v1/namespaces/{place.namespace}/{kind}"
+    path = f"/api/v1/namespaces/{strict_place.namespace}/{kind}"
     make(api, path, {"kind": name, "metadata": {"name": "bounds"}, "spec": spec})
     until = time.monotonic() + 20
     while kind == "resourcequotas" and not (api.get(f"{path}/bounds").get("status") or {}).get("hard"):
         assert time.monotonic() < until
         time.sleep(0.1)
-    found = rows(api, training(), place)
-    placed, said, _ = scheduler_says(api, training(), place)
+    found = rows(api, training(), strict_place)
+    placed, said, _ = scheduler_says(api, training(), strict_place)
     assert [f.what for f in found] == ([what] if what else []), found
     assert placed == (what == ""), (said, found)
 
 
-def test_pod_security_agrees(api: KubeApi, place: ClusterPlace, nodes: Nodes) -> None:
+def test_pod_security_agrees(api: KubeApi, strict_place: ClusterPlace, nodes: Nodes) -> None:
     nodes.add("n0", resources=GPU)
     nodes.settle()
-    made = manifest(training(), place)
+    made = manifest(training(), strict_place)
     container = made["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
     del container["securityContext"]["allowPrivilegeEscalation"]
-    found = [f for f in preflight(take(api, place), [made], place) if f.what == "pod security"]
+    found = [f for f in preflight(take(api, strict_place), [made], strict_place) if f.what == "pod security"]
     assert [f.verdict for f in found] == ["FAIL"]
     spec = made["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     with pytest.raises(GiveUp, match="violates PodSecurity"):
         make(
-            api, f"/api/v1/namespaces/{place.namespace}/pods", {"kind": "Pod", "metadata": {"name": "p"}, "spec": spec}
+            api,
+            f"/api/v1/namespaces/{strict_place.namespace}/pods",
+            {"kind": "Pod", "metadata": {"name": "p"}, "spec": spec},
         )

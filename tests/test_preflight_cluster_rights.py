@@ -8,7 +8,6 @@ Not covered: places and admission (test_preflight_cluster.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,20 +17,14 @@ from deployments.kube_connect import connect
 from deployments.manifests import ClusterPlace, manifest
 from deployments.preflight import preflight
 from deployments.snapshot_take import take
-from tests.preflight_cluster_kit import make, strict_place, training
+from tests.preflight_cluster_kit import make, training
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture
-def place(api: KubeApi) -> Iterator[ClusterPlace]:
-    with strict_place(api) as made:
-        yield made
-
-
-def test_a_dry_run_tells_what_the_server_takes_and_makes_nothing(api: KubeApi, place: ClusterPlace) -> None:
-    good = manifest(training(image="step", name="dry-1"), place)
-    unknown = manifest(training(image="step", name="dry-2"), place)
+def test_a_dry_run_tells_what_the_server_takes_and_makes_nothing(api: KubeApi, strict_place: ClusterPlace) -> None:
+    good = manifest(training(image="step", name="dry-1"), strict_place)
+    unknown = manifest(training(image="step", name="dry-2"), strict_place)
     unknown["spec"]["paralelism"] = 1
     elsewhere = {**good, "metadata": {**good["metadata"], "namespace": "no-such-namespace"}}
     undefined = {"apiVersion": "example.com/v1", "kind": "Nothing", "metadata": good["metadata"]}
@@ -40,19 +33,19 @@ def test_a_dry_run_tells_what_the_server_takes_and_makes_nothing(api: KubeApi, p
     assert 'unknown field "spec.paralelism"' in found[1].found
     assert "not found" in found[2].found and "make namespace no-such-namespace" in found[2].fix
     assert found[3].found == "Nothing of example.com/v1 is not defined on this cluster"
-    assert api.get(f"/apis/batch/v1/namespaces/{place.namespace}/jobs")["items"] == []
+    assert api.get(f"/apis/batch/v1/namespaces/{strict_place.namespace}/jobs")["items"] == []
 
 
-def test_rights_are_what_the_server_says(api: KubeApi, place: ClusterPlace) -> None:
-    snapshot = take(api, place)
+def test_rights_are_what_the_server_says(api: KubeApi, strict_place: ClusterPlace) -> None:
+    snapshot = take(api, strict_place)
     assert snapshot.access and all(a["allowed"] for a in snapshot.access)  # an administrator's kubeconfig
     assert not snapshot.unreadable
     assert snapshot.clock_offset is not None and abs(snapshot.clock_offset) < 2
 
 
-def test_the_rights_of_a_limited_account_are_told_as_they_are(api: KubeApi, place: ClusterPlace) -> None:
+def test_the_rights_of_a_limited_account_are_told_as_they_are(api: KubeApi, strict_place: ClusterPlace) -> None:
     """A real service account with a Role that lacks one verb; `take` runs with its token."""
-    here = f"/namespaces/{place.namespace}"
+    here = f"/namespaces/{strict_place.namespace}"
     make(api, f"/api/v1{here}/serviceaccounts", {"kind": "ServiceAccount", "metadata": {"name": "flow"}})
     rules = [
         {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
@@ -71,7 +64,7 @@ def test_the_rights_of_a_limited_account_are_told_as_they_are(api: KubeApi, plac
         "kind": "RoleBinding",
         "metadata": {"name": "flow"},
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "flow"},
-        "subjects": [{"kind": "ServiceAccount", "name": "flow", "namespace": place.namespace}],
+        "subjects": [{"kind": "ServiceAccount", "name": "flow", "namespace": strict_place.namespace}],
     }
     make(api, f"{rbac}{here}/rolebindings", binding)
     request = {"kind": "TokenRequest", "spec": {"expirationSeconds": 600}}
@@ -85,7 +78,7 @@ def test_the_rights_of_a_limited_account_are_told_as_they_are(api: KubeApi, plac
     try:
         until = time.monotonic() + 20
         while True:  # the authorizer sees a new binding a moment later
-            snapshot = take(limited, place)
+            snapshot = take(limited, strict_place)
             if any(a["allowed"] for a in snapshot.access):
                 break
             assert time.monotonic() < until
@@ -98,6 +91,6 @@ def test_the_rights_of_a_limited_account_are_told_as_they_are(api: KubeApi, plac
         ("pytorchjobs", "create"),
     ]
     assert {"nodes", "pods"} <= set(snapshot.unreadable)
-    found = [f for f in preflight(snapshot, [training()], place) if f.what == "rights"]
+    found = [f for f in preflight(snapshot, [training()], strict_place) if f.what == "rights"]
     assert [(f.verdict, "create pytorchjobs" in f.found) for f in found] == [("FAIL", True), ("WARN", False)]
     assert '"verbs": ["create"]' in found[0].fix

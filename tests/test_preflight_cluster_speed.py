@@ -11,7 +11,6 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,22 +20,10 @@ from deployments.cluster import Cluster
 from deployments.errors import PreflightError
 from deployments.kube_api import KubeApi
 from deployments.manifests import WORKLOAD_LABEL, ClusterPlace, manifest
-from tests.preflight_cluster_kit import MIG, OURS, Nodes, strict_place, training
+from tests.preflight_cluster_kit import MIG, OURS, Nodes, training
 
 pytestmark = pytest.mark.cluster
 ROUNDS = 15
-
-
-@pytest.fixture
-def place(api: KubeApi) -> Iterator[ClusterPlace]:
-    with strict_place(api) as made:
-        yield made
-
-
-@pytest.fixture
-def nodes(api: KubeApi) -> Iterator[Nodes]:
-    with Nodes(api) as made:
-        yield made
 
 
 class Marks:
@@ -88,15 +75,15 @@ def has_operator(api: KubeApi, place: ClusterPlace) -> bool:
 
 @pytest.mark.parametrize("image", ["train", "step"])
 def test_it_refuses_before_the_scheduler_could_speak(
-    image: Any, api: KubeApi, place: ClusterPlace, nodes: Nodes, record_property: Any
+    image: Any, api: KubeApi, strict_place: ClusterPlace, nodes: Nodes, record_property: Any
 ) -> None:
     """From submission to the refusal, and from submission to the pod's mark: one after the other, so many times."""
     nodes.add("n0", resources=MIG)
     nodes.settle()
-    if image == "train" and not has_operator(api, place):
+    if image == "train" and not has_operator(api, strict_place):
         pytest.skip("nobody acts on PyTorchJobs here: this needs the Training Operator")
-    place = replace(place, gpu_selector=OURS)
-    cluster, marks = Cluster(place, api=api), Marks(api, place.namespace)
+    strict_place = replace(strict_place, gpu_selector=OURS)
+    cluster, marks = Cluster(strict_place, api=api), Marks(api, strict_place.namespace)
     ours, theirs, said = [], [], ""
     try:
         for number in range(ROUNDS + 1):
@@ -109,7 +96,7 @@ def test_it_refuses_before_the_scheduler_could_speak(
             path = cluster.object_path(image, work.name)
             assert api.find(path) is None
             began = time.monotonic()
-            api.request("POST", cluster.object_path(image, ""), body=manifest(work, place))
+            api.request("POST", cluster.object_path(image, ""), body=manifest(work, strict_place))
             marked, said = marks.wait(work.name)
             theirs.append(marked - began)
             api.delete(path, propagation="Background")

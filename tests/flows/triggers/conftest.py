@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.flows.triggers.laptop_kit import NAMES, PORT, Project, Receiver, processes_of, taken
+from tests.flows.triggers.laptop_kit import NAMES, PORT, Project, Receiver
+from tests.laptop_leftovers import processes_of, taken
 
 
 @pytest.fixture(scope="session")

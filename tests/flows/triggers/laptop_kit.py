@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from flows.prefect_api import Prefect
 from flows.zombies import REVIVALS
 from tests.flows.forge_kit import TOKEN
 from tests.flows.push_kit import SECRET, git, signed
+from tests.laptop_leftovers import taken
 
 PORT = 18540
 NAMES = ("prefect", "mlflow", "inference", "management", "metrics", "grpc_inference", "grpc_management", "workers")
@@ -197,25 +197,6 @@ class Receiver:
                 return reply.status, json.load(reply)["status"]
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)["status"]
-
-
-def taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def processes_of(folder: Path) -> list[str]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if entry.name != str(os.getpid()) and (
-                str(folder) in line or os.readlink(entry / "cwd").startswith(str(folder))
-            ):
-                found.append(line)
-        except OSError:
-            continue
-    return found
 
 
 def until(holds: Callable[[], Any], seconds: float, what: str) -> Any:
