@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.report_words import duration
+
 SIGNS = {"done": "✓", "reused": "↺", "running": "▸", "failed": "✗", "pending": "·", "cancelled": "■"}
 
 
@@ -92,15 +94,8 @@ def command_name() -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A duration for a person: 0.4 s, 12 s, 3 m 05 s, 2 h 10 m."""
-    if value is None:
-        return ""
-    if value < 10:
-        return f"{value:.1f} s"
-    if value < 60:
-        return f"{value:.0f} s"
-    minutes, rest = divmod(int(value), 60)
-    return f"{minutes} m {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+    """A length of time as the report says it; nothing for None."""
+    return "" if value is None else duration(value)
 
 
 def ago(moment: float | None) -> str:

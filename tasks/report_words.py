@@ -1,6 +1,7 @@
 """How the report says lengths of time, moments, numbers and the ends of attempts: pure, a word at a time.
 
-Times are UTC, lengths have units. Not covered: which of them a page needs (tasks.report_page, tasks.report_timeline).
+Times are UTC, lengths have units; the terminal says them alike (flows.display). Not covered: which of them a page needs
+(tasks.report_page, tasks.report_timeline).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from flows import display
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, ""), (0.04, "0.0 s"), (9.94, "9.9 s"), (59, "59 s"), (185, "3 m 05 s"), (7800, "2 h 10 m")],
+    [(None, ""), (0.04, "40 ms"), (9.94, "9.9 s"), (59, "59.0 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
 )
 def test_durations(value: float | None, text: str) -> None:
     assert display.seconds(value) == text
@@ -42,5 +42,5 @@ def test_an_error_goes_to_standard_error_in_one_line(capsys: pytest.CaptureFixtu
 
 
 def test_ago() -> None:
-    assert display.ago(time.time() - 61) == "1 m 01 s ago"
+    assert display.ago(time.time() - 61) == "1 min 01 s ago"
     assert display.ago(None) == ""
