@@ -38,7 +38,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Three packaged versions."""
-    from tests.tasks.rolling_bench_kit import three_versions
+    from tests.tasks.serving_kit import three_versions
 
     return three_versions(tmp_path_factory.mktemp("made"))
 

@@ -19,7 +19,7 @@ from tasks.deploy_model import DeployRequest, Endpoint, RollbackRequest, roll_ba
 from tasks.endpoint import EndpointRecord
 from tasks.golden import read_golden
 from tests.tasks.rolling_kit import BUDGETS, DEPLOYMENTS, NAME, SERVICES, PodCluster, pod_cluster
-from tests.tasks.serving_kit import Registry, make_toy, package, registry
+from tests.tasks.serving_kit import Registry, registry
 
 
 @dataclass
@@ -81,15 +81,6 @@ class Bench:
             cluster=some.cluster,
         )
         return audit_endpoint(replace(request, **more))
-
-
-def three_versions(folder: Path) -> dict[str, Any]:
-    """By MLflow version: request of the packaging, what came of it, held-out answers."""
-    parts: dict[str, Any] = {}
-    for version in (1, 2, 3):
-        toy = make_toy(folder / f"toy{version}", seed=version)
-        parts[str(version)] = (*package(toy, folder / "models", version), toy.heldout)
-    return parts
 
 
 @contextmanager

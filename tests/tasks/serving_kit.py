@@ -28,6 +28,7 @@ from deployments.torchserve_launch import (
     torchserve_command,
 )
 from tasks.deploy_model import DeployRequest
+from tasks.golden import read_golden
 from tasks.package_model import PackagedModel, PackageRequest, package_model
 from tests.loopback_kit import JsonHandler, serving
 
@@ -192,6 +193,23 @@ def package(toy: Toy, store: Path, version: int = 1, **more: Any) -> tuple[Packa
     """Package a toy."""
     request = package_request(toy, store, version, **more)
     return request, package_model(request)
+
+
+def three_versions(folder: Path, *, bad: int = 0) -> dict[str, Any]:
+    """By MLflow version: request of the packaging, what came of it, held-out answers.
+
+    The version `bad` answers as its torch model does, and the first one's answers are the truth.
+    """
+    parts: dict[str, Any] = {}
+    for version in (1, 2, 3):
+        toy = make_toy(folder / f"toy{version}", seed=version)
+        if version == bad:
+            rows = [json.loads(line) for line in toy.heldout.read_text().splitlines()]
+            truth = [sample.answer["label"] for sample in read_golden(parts["1"][2])]
+            lines = [json.dumps(row | {"label": label}) for row, label in zip(rows, truth, strict=True)]
+            toy.heldout.write_text("\n".join(lines))
+        parts[str(version)] = (*package(toy, folder / "models", version), toy.heldout)
+    return parts
 
 
 def deploy_request(

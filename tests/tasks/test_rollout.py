@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ from tasks.deploy_model import DeployRequest, RollbackRequest, deploy_model, rol
 from tasks.endpoint import EndpointRecord
 from tasks.golden import read_golden
 from tests.tasks.killed_deployment_kit import at_once, killed_after
-from tests.tasks.serving_kit import Registry, deploy_request, make_toy, package, registry
+from tests.tasks.serving_kit import Registry, deploy_request, registry, three_versions
 from tests.tasks.torchserve_stub import Stub, torchserve_stub
 
 
@@ -56,16 +55,7 @@ class Bench:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Three packaged versions; the third answers as its torch model does, and that one is bad."""
     folder = tmp_path_factory.mktemp("made")
-    parts: dict[str, Any] = {}
-    for version in (1, 2, 3):
-        toy = make_toy(folder / f"toy{version}", seed=version)
-        if version == 3:
-            rows = [json.loads(line) for line in toy.heldout.read_text().splitlines()]
-            truth = [sample.answer["label"] for sample in read_golden(parts["1"][2])]
-            lines = [json.dumps(row | {"label": label}) for row, label in zip(rows, truth, strict=True)]
-            toy.heldout.write_text("\n".join(lines))
-        parts[str(version)] = (*package(toy, folder / "models", version), toy.heldout)
-    return folder / "models", parts
+    return folder / "models", three_versions(folder, bad=3)
 
 
 @pytest.fixture
