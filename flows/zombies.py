@@ -2,17 +2,18 @@
 
 A running flow holds a lock that dies with its process (flows.prefect_start); a flow run that Prefect calls running
 while nobody holds its lock is dead. It becomes Crashed, and, if Prefect started it, scheduled once more: it goes on
-where it was. `reprise serve` looks every few seconds; where the flow's machine is another one, Prefect's automation
-marks it by its heartbeats (flows.triggers) and the next look resumes it. A server that was away for longer than three
-heartbeats has heard none from the living either, and calls them Crashed: those are put right again. A flow that was
-told to end (`reprise down`, a slot that Prefect took back) has saved and is resumed as often as that happens; one that
-died is resumed once. Not covered: trainers (flows resume those).
+where it was. `reprise serve` looks every few seconds, on a cluster a pod does (flows.cluster_zombies); without them
+Prefect's automation marks it by its heartbeats (flows.triggers), and the next look resumes it. A server that was away
+for longer than three heartbeats has heard none from the living either, and calls them Crashed: those are put right
+again. A flow that was told to end (`reprise down`, a slot that Prefect took back) has saved and is resumed as often as
+that happens; one that died is resumed once. Not covered: trainers (flows resume those).
 """
 
 from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,20 +64,30 @@ def judge(seen: Sighting) -> Verdict:
     return "resume" if seen.deployed and seen.revivals < REVIVALS else "mark"
 
 
-def sweep(prefect: Prefect, store: Store, deployment: str) -> list[str]:
+def sweep(
+    prefect: Prefect,
+    store: Store,
+    deployment: str = "",
+    *,
+    pool: str = "",
+    looked_after: Callable[[str], bool] = lambda flow_run: False,
+) -> list[str]:
     """Look once at each flow run of this store that could be dead; returns what was done, a sentence each.
 
-    `deployment` is the id of the store's pipeline. Others' runs on the same server are none of ours: only their own
-    store has their locks. Raises TryAgain without a server.
+    `deployment` is the id of the store's pipeline, `pool` the work pool whose pipelines share the store. Others' runs
+    on the same server are none of ours: only their own store has their locks. `looked_after` says whether somebody
+    else starts the process of a flow run again. Raises TryAgain without a server.
     """
     done = []
     for flow_run in prefect.runs(states=["RUNNING", "PENDING", "CANCELLING", "CRASHED"]):
         seen = _look(store, flow_run)
-        if flow_run.get("deployment_id") != deployment and not seen.known:
+        ours = flow_run.get("deployment_id") == deployment or (pool and flow_run.get("work_pool_name") == pool)
+        if not ours and not seen.known:
             continue
         verdict = judge(seen)
-        if verdict != "leave":
-            done.append(_act(prefect, store, flow_run, verdict))
+        if verdict == "leave" or (verdict != "correct" and looked_after(flow_run["id"])):
+            continue
+        done.append(_act(prefect, store, flow_run, verdict))
     return done
 
 

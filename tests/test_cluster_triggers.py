@@ -17,8 +17,9 @@ import yaml
 
 from flows.plan import STEPS
 from flows.prefect_api import Prefect
-from flows.triggers import AUTOMATION
-from tests.cluster_chain_kit import AUTH, SERVICES, Chain, address, key_of, kubectl, secret
+from flows.triggers import AUTOMATION, HEARTBEAT_SECONDS, SILENCE_SECONDS
+from flows.zombies import SILENCE
+from tests.cluster_chain_kit import AUTH, RUNS, SERVICES, Chain, address, key_of, kubectl, secret
 from tests.cluster_kit import until
 from tests.cluster_triggers_kit import PUSH, QUICK, Triggers, overlay_with_triggers
 from tests.flows.push_kit import SECRET, payload, signed
@@ -148,4 +149,104 @@ def test_cancelled_it_leaves_a_checkpoint_and_retried_it_goes_on_from_it(trigger
     assert (again["run"], again["status"], again["resumed"]) == (document["run"], "succeeded", 1)
     assert [a["cause"] for a in again["attempts"]] == ["cancelled", "complete"]
     assert again["attempts"][1]["from_step"] == attempt["to_step"]
+    assert len(triggers.chain.versions()) == versions + 1
+
+
+def test_the_clock_retrains_and_a_second_run_follows_the_strategy(triggers: Triggers) -> None:
+    triggers.change(("seed = 7", "seed = 8"), ("epochs = 2", "epochs = 80"))
+    triggers.schedule("* * * * *", overlap="skip")
+    head = triggers.git("rev-parse", "HEAD")
+
+    def by_the_clock(*states: str) -> list[str]:
+        return [r["id"] for r in triggers.runs(cause="schedule") if r["state"]["name"] in states]
+
+    first = until(lambda: "".join(by_the_clock("Running")), "the schedule fires", 120)
+    second = until(lambda: "".join(by_the_clock("Cancelled")[:1]), "a minute later it is skipped", 120)
+    assert second != first and triggers.state(first)["name"] == "Running"
+    triggers.schedule("* * * * *", overlap="wait", paused=True)
+    third = triggers.start()
+    triggers.reaches(third, "AwaitingConcurrencySlot", seconds=60)
+    assert triggers.state(first)["name"] == "Running" and triggers.jobs_of(third) == []
+    triggers.reaches(first, "Completed")
+    document = triggers.document(first)
+    assert (document["cause"], document["git_sha"]) == ("schedule", head)
+    assert document["status"] == "succeeded" and [a["cause"] for a in document["attempts"]] == ["complete"]
+    assert triggers.chain.versions()[0] == document["model_version"]
+    triggers.reaches(third, "Completed", seconds=120)
+    assert triggers.document(third)["status"] == "unchanged", "it had waited for what the first one made"
+    left = [r for r in triggers.runs() if r["state"]["type"] == "SCHEDULED"]
+    assert left == [], "paused: nothing is to come"
+    triggers.change(("epochs = 80", "epochs = 2"))
+
+
+def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
+    triggers.change(more="\n[deploy]\napproval = true\n")
+    before = triggers.chain.rollouts()
+    asked = {decision: triggers.start(train={"seed": seed}) for decision, seed in (("deploy", 90), ("refuse", 91))}
+    for flow_run in asked.values():
+        triggers.reaches(flow_run, "Suspended")
+        document = triggers.document(flow_run)
+        assert document["status"] == "waiting" and "waits for approval" in document["message"]
+        triggers.nothing_runs(document)
+    assert triggers.chain.rollouts() == before
+    for decision, end in (("refuse", "Failed"), ("deploy", "Completed")):
+        answer = {"run_input": {"decision": decision, "comment": "not on a Friday"}}
+        triggers.prefect.call("POST", f"/flow_runs/{asked[decision]}/resume", answer)
+        triggers.reaches(asked[decision], end)
+    refused, approved = (triggers.document(asked[d]) for d in ("refuse", "deploy"))
+    assert refused["status"] == "refused" and refused["message"].endswith("was refused by a person: not on a Friday")
+    assert triggers.state(asked["refuse"])["message"].endswith("not on a Friday")
+    assert approved["status"] == "succeeded" and approved["approval"]["decision"] == "deploy"
+    assert all(s["reused"] for s in approved["steps"] if s["name"] in ("pull_data", "train_model", "register_model"))
+    assert triggers.chain.rollouts() == before + 1
+    for job in triggers.jobs_of(asked["refuse"]):
+        assert (job["status"].get("failed", 0), job["status"].get("active", 0)) == (0, 0), (
+            "its end is an end for its Job"
+        )
+    triggers.change(("\n[deploy]\napproval = true\n", ""))
+
+
+def die(triggers: Triggers, flow_run: str) -> float:
+    """Its Job is deleted, then its pod without notice: nothing of Kubernetes starts it again; when (monotonic)."""
+    (job,) = [j for j in triggers.jobs_of(flow_run) if j["status"].get("active")]
+    pod = triggers.chain.flow_pod()
+    triggers.chain.api.delete(f"/apis/batch/v1/namespaces/{RUNS}/jobs/{job['metadata']['name']}", propagation="Orphan")
+    triggers.chain.api.delete(f"/api/v1/namespaces/{RUNS}/pods/{pod}", grace=0)
+    return time.monotonic()
+
+
+def scale(replicas: int) -> None:
+    """The watch over flows, and Prefect's worker, which also tells of Jobs that are gone."""
+    for namespace, name in ((RUNS, "flow-watch"), (SERVICES, "prefect-worker")):
+        kubectl("-n", namespace, "scale", f"deployment/{name}", f"--replicas={replicas}")
+        if not replicas:
+            label = f"app.kubernetes.io/name={name}"
+            kubectl("-n", namespace, "wait", "--for=delete", "pod", "-l", label, "--timeout=60s")
+
+
+def test_a_flow_that_died_without_a_word_is_marked_by_its_heartbeats_and_resumed_once(triggers: Triggers) -> None:
+    versions = len(triggers.chain.versions())
+    flow_run = triggers.start(train={"epochs": 100, "seed": 61})
+    triggers.trains(flow_run)
+    scale(0)
+    try:
+        died = die(triggers, flow_run)
+        until(lambda: triggers.state(flow_run)["name"].replace("Running", ""), "it is found", SILENCE_SECONDS + 20)
+        print(f"marked {time.monotonic() - died:.1f} s after its death, a heartbeat every {HEARTBEAT_SECONDS} s")
+        state = triggers.state(flow_run)
+        assert (state["name"], state["message"][: len(SILENCE)]) == ("Crashed", SILENCE)
+    finally:
+        scale(1)
+    until(lambda: str(triggers.document(flow_run).get("resumed") or ""), "it goes on", 120)
+    died = die(triggers, flow_run)
+    until(lambda: triggers.state(flow_run)["name"].replace("Running", ""), "it is found again", 60)
+    print(f"with the worker and the watch it was marked {time.monotonic() - died:.1f} s after its death")
+    time.sleep(15)
+    assert triggers.state(flow_run)["name"] == "Crashed", "once: what killed it may kill it again"
+    triggers.prefect.set_state(flow_run, "SCHEDULED", "AwaitingRetry", "by test", force=True)
+    until(lambda: triggers.state(flow_run)["name"].replace("Crashed", ""), "a person retries it")
+    triggers.reaches(flow_run, "Completed")
+    document = triggers.document(flow_run)
+    assert (document["status"], document["resumed"]) == ("succeeded", 2)
+    assert [a["cause"] for a in document["attempts"]] == ["complete"], "its trainer went on and was adopted"
     assert len(triggers.chain.versions()) == versions + 1

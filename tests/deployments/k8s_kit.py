@@ -23,7 +23,12 @@ K8S = ROOT / "deployments" / "k8s"
 OVERLAYS = ("kind", "spot", "on-demand")
 SCHEMAS = Path(__file__).parent / "schemas"
 NAMESPACES = {"reprise", "reprise-services"}
-TOKENS = {"prefect-worker", "reprise-flow", "reprise-deploy"}  # the only accounts whose pods speak to the API server
+TOKENS = {
+    "prefect-worker",
+    "reprise-flow",
+    "reprise-deploy",
+    "flow-watch",
+}  # accounts whose pods speak to the API server
 KUBECTL = shutil.which("kubectl")
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed: overlays are not built here")
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job")

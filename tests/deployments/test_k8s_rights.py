@@ -1,4 +1,4 @@
-"""Roles and accounts: nothing is granted that is not named, and three accounts have a token."""
+"""Roles and accounts: nothing is granted that is not named, and the accounts with a token are known."""
 
 from __future__ import annotations
 
@@ -71,7 +71,12 @@ def test_the_deploying_step_changes_what_is_served_and_nothing_else() -> None:
     assert granted(raw("kind"), "reprise-serve", cluster=False) == set()
 
 
-def test_only_three_accounts_have_a_token() -> None:
+def test_the_watch_over_flows_asks_for_jobs_and_nothing_else() -> None:
+    assert granted(raw("spot"), "flow-watch", cluster=False) == {("batch", "jobs", "list")}
+    assert granted(raw("spot"), "flow-watch", cluster=True) == set()
+
+
+def test_only_these_accounts_have_a_token() -> None:
     accounts = of_kind(raw("spot"), "ServiceAccount")
     assert {a["metadata"]["name"] for a in accounts if a.get("automountServiceAccountToken", True)} == TOKENS
     named = {(a["metadata"]["namespace"], a["metadata"]["name"]) for a in accounts}
