@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deployments.cluster_place import ClusterPlace
 from deployments.cluster_run import ClusterRun
 from deployments.errors import GiveUp, PreflightError, StepError, TryAgain
 from deployments.guard import Guard
@@ -29,9 +30,11 @@ from deployments.job_status import end_of
 from deployments.kube_api import MERGE_PATCH, PATIENCE, ApiStatus, KubeApi
 from deployments.kube_connect import connect
 from deployments.kube_watch import SharedWatch, uid_of
-from deployments.manifests import CONTAINERS, ENDING_ANNOTATION, WORKLOAD_LABEL, ClusterPlace, manifest
+from deployments.labels import ENDING_ANNOTATION, WORKLOAD_LABEL
+from deployments.manifests import manifest
 from deployments.pod_causes import is_terminal
 from deployments.pod_log import PodLog
+from deployments.pod_template import CONTAINERS
 from deployments.workload import Image, Outcome, Workload
 
 Json = dict[str, Any]

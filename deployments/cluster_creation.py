@@ -17,8 +17,9 @@ from deployments.errors import GiveUp, PreflightError
 from deployments.job_status import end_of
 from deployments.kube_api import ApiStatus
 from deployments.kube_watch import Following, is_gone, uid_of
-from deployments.manifests import KEY_LABEL, Manifest, request_is_inside
+from deployments.labels import KEY_LABEL
 from deployments.pod_diagnosis import one_line
+from deployments.pod_template import Manifest, request_is_inside
 from deployments.workload import Workload
 
 if TYPE_CHECKING:

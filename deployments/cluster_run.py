@@ -20,10 +20,11 @@ from deployments.cluster_result import result_of
 from deployments.cluster_start import Start
 from deployments.job_status import end_of, is_suspended
 from deployments.kube_watch import Following, is_gone, uid_of
-from deployments.manifests import CONTAINERS, ENDING_ANNOTATION, KEY_LABEL, WORKLOAD_LABEL, Manifest, labels_of
+from deployments.labels import ENDING_ANNOTATION, KEY_LABEL, WORKLOAD_LABEL, labels_of
 from deployments.node_memory import NodeMemory
 from deployments.pod_causes import condition, exit_of, is_scheduled, is_terminal, is_unreachable, stamp
 from deployments.pod_log import LogFeed
+from deployments.pod_template import CONTAINERS, Manifest
 from deployments.preflight import otherwise
 from deployments.workload import Outcome, Workload
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import StepError
-from deployments.manifests import ClusterPlace
 from deployments.serving_manifests import INFERENCE, LABEL_ANNOTATION, serving_name
 from deployments.workload import Resources
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from deployments.cluster_place import ClusterPlace
 from deployments.kube_api import KubeApi
-from deployments.manifests import ClusterPlace
 from deployments.preflight import case_of, failures, refuse
 from deployments.preflight_access import look_at_operator
 from deployments.preflight_findings import Case, Finding

@@ -24,7 +24,7 @@ from typing import Any
 
 from deployments.errors import StepError, TryAgain, Unreachable
 from deployments.kube_api import ApiStatus, KubeApi, Lines
-from deployments.manifests import MANAGED_SELECTOR, REQUEST_ANNOTATION, WORKLOAD_LABEL
+from deployments.labels import MANAGED_SELECTOR, REQUEST_ANNOTATION, WORKLOAD_LABEL
 
 QUIET_SECONDS = 90.0  # a server sends a bookmark about every minute; a connection that is silent for longer is dead
 PAGE = "500"

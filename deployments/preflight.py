@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import PreflightError, StepError
-from deployments.manifests import ClusterPlace, manifest
+from deployments.manifests import manifest
 from deployments.preflight_access import (
     look_at_definitions,
     look_at_rights,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deployments.kube_quantity import milli
-from deployments.manifests import REQUEST_ANNOTATION, WORKLOAD_LABEL
+from deployments.labels import REQUEST_ANNOTATION, WORKLOAD_LABEL
 
 Json = Mapping[str, Any]
 Verdict = Literal["OK", "WARN", "FAIL"]

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 
 from deployments import node_pools
-from deployments.manifests import CONTAINERS, FORBIDDEN_TOLERATION
+from deployments.cluster_place import FORBIDDEN_TOLERATION
+from deployments.pod_template import CONTAINERS
 from deployments.preflight_findings import Case, Finding, Json, PodSet, notice_of
 from deployments.preflight_scheduling import pools_that_suit
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from deployments.kube_quantity import milli, shown
-from deployments.manifests import WORKLOAD_LABEL
+from deployments.labels import WORKLOAD_LABEL
 from deployments.preflight_findings import Case, Finding, Json, PodSet, is_device
 
 COMPUTE = ("cpu", "memory", "ephemeral-storage")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from deployments import node_pools
 from deployments.kube_quantity import milli, shown
-from deployments.manifests import WORKLOAD_LABEL
+from deployments.labels import WORKLOAD_LABEL
 from deployments.node_fit import Obstacle, missing_device, obstacles, rooms, zone_obstacle
 from deployments.preflight_findings import Case, Finding, Json, PodSet, is_device, pod_requests
 

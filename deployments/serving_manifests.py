@@ -12,17 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.manifests import (
-    DOMAIN,
-    MANAGED,
-    ClusterPlace,
-    Manifest,
-    container_security,
-    environment,
-    label_value,
-    pod_security,
-    resources,
-)
+from deployments.cluster_place import ClusterPlace
+from deployments.labels import DOMAIN, MANAGED, label_value
+from deployments.pod_template import Manifest, container_security, environment, pod_security, resources
 from deployments.workload import Resources
 
 INFERENCE, METRICS = 8080, 8082  # the management port stays on the pod's loopback

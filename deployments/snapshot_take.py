@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import ConfigError, PreflightError, StepError, Unreachable
 from deployments.kube_api import ApiStatus
-from deployments.manifests import ClusterPlace
 from deployments.preflight_services import Address
 from deployments.snapshot import Snapshot
 from deployments.snapshot_rights import ask_rights

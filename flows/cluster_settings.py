@@ -1,7 +1,7 @@
 """What cluster.toml may say, and the `ClusterPlace` that manifests and preflight take from it.
 
     cluster = load_cluster("cluster", folder)       # deployments/cluster.toml, or folder/cluster.toml
-    cluster.cluster_place()                         # deployments.manifests.ClusterPlace
+    cluster.cluster_place()                         # deployments.cluster_place.ClusterPlace
 
 Read by `reprise preflight`, `render`, `gpu` and `doctor`; nothing is asked of the cluster here.
 Not covered: which file a name means (flows.place_settings), what lives long in the cluster (deployments/k8s).
@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from deployments.manifests import FORBIDDEN_TOLERATION, NOTICE_SECONDS, ClusterPlace
+from deployments.cluster_place import FORBIDDEN_TOLERATION, ClusterPlace
+from deployments.manifests import NOTICE_SECONDS
 from deployments.workload import Resources
 from flows.place_settings import StepResources, kind_of, read_place
 from flows.setting_types import Count, CountOrZero, Duration, Section, as_tuple

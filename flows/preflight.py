@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import PreflightError, StepError
-from deployments.manifests import ClusterPlace
 from deployments.preflight import failures, preflight
 from deployments.preflight_findings import Finding
 from deployments.snapshot import Snapshot

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import ConfigError
-from deployments.manifests import ClusterPlace, Manifest, manifest, yaml_of
+from deployments.manifests import manifest, yaml_of
+from deployments.pod_template import Manifest
 from deployments.serving_manifests import Serving, serving_objects
 from deployments.workload import Resources, Workload
 from flows.cluster_settings import ClusterSettings

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from deployments.cluster_place import ClusterPlace
 from deployments.cluster_serving import Rollouts
 from deployments.cluster_target import ClusterTarget
 from deployments.errors import GiveUp, TryAgain
-from deployments.manifests import ClusterPlace, Manifest
+from deployments.pod_template import Manifest
 from deployments.serving import ModelServer
 from deployments.serving_manifests import Serving, serving_name, serving_objects
 from tasks.champion import Champion

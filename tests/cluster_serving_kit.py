@@ -21,10 +21,11 @@ from typing import Any
 import yaml
 
 from deployments.cluster import Cluster
+from deployments.cluster_place import ClusterPlace
 from deployments.cluster_target import ClusterTarget, in_service
 from deployments.errors import TryAgain
 from deployments.kube_api import APPLY_PATCH, KubeApi
-from deployments.manifests import ClusterPlace, pod_security
+from deployments.pod_template import pod_security
 from deployments.serving import call
 from deployments.workload import Outcome, Resources, Workload
 from tasks.audit_endpoint import AuditRequest, audit_endpoint

@@ -16,8 +16,8 @@ import pytest
 
 if TYPE_CHECKING:
     from deployments.cluster import Cluster
+    from deployments.cluster_place import ClusterPlace
     from deployments.kube_api import KubeApi
-    from deployments.manifests import ClusterPlace
     from tests.preflight_cluster_kit import Nodes
 
 
@@ -36,7 +36,7 @@ def api() -> Iterator[KubeApi]:
 @pytest.fixture(scope="module")
 def place(api: KubeApi, request: pytest.FixtureRequest) -> Iterator[ClusterPlace]:
     """A namespace of the test module's own, with its account and its ReadWriteMany claim."""
-    from deployments.manifests import ClusterPlace
+    from deployments.cluster_place import ClusterPlace
     from tests.cluster_kit import cluster_images, make_namespace
 
     module = Path(str(request.path)).stem.removeprefix("test_").replace("_", "-")

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from deployments.cluster_place import ClusterPlace
 from deployments.kube_api import MERGE_PATCH, KubeApi
-from deployments.manifests import ClusterPlace
 from deployments.workload import Resources, Workload
 
 Json = dict[str, Any]

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
+from deployments.cluster_place import ClusterPlace
 from deployments.kube_api import ApiStatus, KubeApi
-from deployments.manifests import ClusterPlace
 from flows.example import create_project
 from flows.plan import STEPS
 from flows.prefect_api import Prefect

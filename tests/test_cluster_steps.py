@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from deployments.cluster import Cluster
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import GiveUp, PreflightError
 from deployments.kube_api import KubeApi
 from deployments.kube_connect import connect
-from deployments.manifests import ClusterPlace, manifest
+from deployments.manifests import manifest
 from deployments.workload import Resources
 from tests.cluster_kit import HANG_ONCE, RESULT, Background, apply, running_pods, step, training
 

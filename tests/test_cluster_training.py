@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from deployments.cluster import Cluster
-from deployments.manifests import ClusterPlace
+from deployments.cluster_place import ClusterPlace
 from deployments.workload import Workload
 from tests.cluster_kit import SMALL, Background, needs_rig, node_of, reclaim, running_pods, training
 

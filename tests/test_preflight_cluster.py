@@ -12,9 +12,10 @@ import time
 
 import pytest
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import GiveUp, PreflightError
 from deployments.kube_api import ApiStatus, KubeApi
-from deployments.manifests import ClusterPlace, manifest
+from deployments.manifests import manifest
 from deployments.preflight import preflight
 from deployments.preflight_findings import Finding, wanted
 from deployments.snapshot_take import take

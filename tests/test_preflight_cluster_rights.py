@@ -11,10 +11,11 @@ import time
 
 import pytest
 
+from deployments.cluster_place import ClusterPlace
 from deployments.dry_run import dry_run
 from deployments.kube_api import KubeApi
 from deployments.kube_connect import connect
-from deployments.manifests import ClusterPlace, manifest
+from deployments.manifests import manifest
 from deployments.preflight import preflight
 from deployments.snapshot_take import take
 from tests.preflight_cluster_kit import make, training

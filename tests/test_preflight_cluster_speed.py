@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 from deployments.cluster import Cluster
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import PreflightError
 from deployments.kube_api import KubeApi
-from deployments.manifests import WORKLOAD_LABEL, ClusterPlace, manifest
+from deployments.labels import WORKLOAD_LABEL
+from deployments.manifests import manifest
 from tests.preflight_cluster_kit import MIG, OURS, Nodes, training
 
 pytestmark = pytest.mark.cluster

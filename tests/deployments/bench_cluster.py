@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from deployments.cluster import Cluster  # noqa: E402
+from deployments.cluster_place import ClusterPlace  # noqa: E402
 from deployments.kube_connect import connect  # noqa: E402
-from deployments.manifests import ClusterPlace  # noqa: E402
 from deployments.workload import Resources, Workload  # noqa: E402
 from tests.cluster_kit import cluster_images, make_namespace  # noqa: E402
 

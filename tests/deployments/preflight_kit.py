@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deployments.manifests import ClusterPlace
+from deployments.cluster_place import ClusterPlace
 from deployments.snapshot import Snapshot
 from deployments.workload import Resources, Workload
 

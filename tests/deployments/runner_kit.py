@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deployments.manifests import ClusterPlace
+from deployments.cluster_place import ClusterPlace
 from deployments.workload import Workload
 from tests.deployments.kube_fake import KubeFake
 from tests.deployments.kube_store import JOBS, NODES, Json

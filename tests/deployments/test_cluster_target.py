@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from deployments.cluster_place import ClusterPlace
 from deployments.cluster_target import ClusterTarget, in_service
 from deployments.errors import GiveUp
-from deployments.manifests import ClusterPlace
 from deployments.workload import Resources
 from tasks.deploy_model import deploy_model
 from tasks.step import read_request

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from deployments.cluster import Cluster
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import PreflightError
 from deployments.guard import Guard
 from deployments.kube_connect import connect
-from deployments.manifests import ClusterPlace, manifest
+from deployments.manifests import manifest
 from deployments.workload import Outcome, Resources, Workload
 from tests.deployments.kube_fake import KubeFake
 from tests.deployments.kube_store import JOBS, NAMESPACES, NODES, PODS, ROOM, TRAININGS

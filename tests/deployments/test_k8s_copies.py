@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.manifests import ClusterPlace
+from deployments.cluster_place import ClusterPlace
 from deployments.serving_manifests import SETTINGS_MAP, Serving
 from deployments.serving_metrics import queue_wait_microseconds
 from deployments.serving_pod import TUNABLE

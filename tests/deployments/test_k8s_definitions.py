@@ -10,7 +10,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from deployments.manifests import ClusterPlace
+from deployments.cluster_place import ClusterPlace
 from tests.deployments.k8s_kit import (
     K8S,
     OVERLAYS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from deployments.manifests import ACCOUNT_LABEL, ClusterPlace
+from deployments.cluster_place import ClusterPlace
+from deployments.labels import ACCOUNT_LABEL
 from deployments.serving_manifests import INFERENCE, METRICS, Serving, serving_deployment
 from tests.deployments.k8s_kit import (
     K8S,

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from deployments.manifests import ClusterPlace
+from deployments.cluster_place import ClusterPlace
 from tests.deployments.k8s_kit import (
     K8S,
     OVERLAYS,

@@ -10,10 +10,11 @@ import time
 import pytest
 import yaml
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import GiveUp, PreflightError, Unreachable
 from deployments.kube_api import MERGE_PATCH, ApiStatus
 from deployments.kube_connect import connect
-from deployments.manifests import ClusterPlace, step_job, training_job
+from deployments.manifests import step_job, training_job
 from deployments.serving_manifests import Serving, serving_deployment, serving_objects
 from deployments.workload import Resources, Workload
 from tests.deployments.k8s_kit import (

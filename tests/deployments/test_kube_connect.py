@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import ConfigError, PreflightError, Unreachable
 from deployments.kube_connect import connect
-from deployments.manifests import ClusterPlace
 from deployments.snapshot_take import server_version, take
 from tests.deployments.kube_fake import KubeFake
 

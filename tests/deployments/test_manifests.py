@@ -12,17 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import ConfigError, GiveUp
-from deployments.manifests import (
-    REQUEST_LIMIT,
-    ClusterPlace,
-    label_value,
-    manifest,
-    request_is_inside,
-    step_job,
-    training_job,
-    yaml_of,
-)
+from deployments.labels import label_value
+from deployments.manifests import manifest, step_job, training_job, yaml_of
+from deployments.pod_template import REQUEST_LIMIT, request_is_inside
 from deployments.serving_manifests import Serving, serving_objects
 from deployments.workload import Resources, Workload
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import ConfigError
-from deployments.manifests import ClusterPlace
 from deployments.workload import Resources
 from flows.cluster_settings import ClusterResourceSettings, load_cluster
 from tasks.capacity import CapacityPolicy

@@ -14,9 +14,9 @@ from typing import Any, cast
 import pytest
 
 from deployments.cluster import Cluster
+from deployments.cluster_place import ClusterPlace
 from deployments.errors import PreflightError
 from deployments.kube_connect import connect
-from deployments.manifests import ClusterPlace
 from deployments.workload import Resources
 from flows.run import Run
 from tasks.capacity import CapacityPolicy

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deployments.cluster_place import ClusterPlace
 from deployments.cluster_target import ClusterTarget
-from deployments.manifests import ClusterPlace
 from tasks.archive import content_digest
 from tasks.audit_endpoint import Audit, AuditRequest, audit_endpoint
 from tasks.deploy_model import DeployRequest, Endpoint, RollbackRequest, roll_back
