@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from flows.prefect_api import Prefect
-from tests.cluster_chain_kit import OVERLAY, ROOT, RUNS, SERVICES, Chain, adapted, kubectl
+from tests.cluster_chain_kit import OVERLAY, ROOT, RUNS, SERVICES, Chain, adapted, address, kubectl
 from tests.cluster_kit import until
 from tests.flows.push_kit import SECRET, signed
 
@@ -56,7 +56,6 @@ class Triggers:
 
     chain: Chain
     prefect: Prefect
-    receiver: str  # its Service's URL
     job: dict[str, Any]  # register-pipeline as kustomize renders it
 
     def git(self, *arguments: str) -> str:
@@ -103,7 +102,8 @@ class Triggers:
 
     def deliver(self, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, str]:
         """What the receiver answers to a delivery: (code, status)."""
-        request = urllib.request.Request(f"{self.receiver}/push", body, headers or signed(body, SECRET))
+        url = f"http://{address(self.chain.api, 'push-receiver')}/push"
+        request = urllib.request.Request(url, body, headers or signed(body, SECRET))
         try:
             with urllib.request.urlopen(request, timeout=20) as reply:
                 return reply.status, json.load(reply)["status"]
@@ -159,6 +159,11 @@ class Triggers:
         except FileNotFoundError:
             return {}
         return dict(found)
+
+    @staticmethod
+    def reused(document: dict[str, Any]) -> tuple[str, ...]:
+        """Steps that a run found done."""
+        return tuple(s["name"] for s in document["steps"] if s["reused"])
 
     def trained(self, flow_run: str) -> int:
         """The step that its trainer has reached."""

@@ -19,7 +19,7 @@ from flows.plan import STEPS
 from flows.prefect_api import Prefect
 from flows.triggers import AUTOMATION, HEARTBEAT_SECONDS, SILENCE_SECONDS
 from flows.zombies import SILENCE
-from tests.cluster_chain_kit import AUTH, RUNS, SERVICES, Chain, address, key_of, kubectl, secret
+from tests.cluster_chain_kit import AUTH, RUNS, SERVICES, Chain, key_of, kubectl, secret
 from tests.cluster_kit import until
 from tests.cluster_triggers_kit import PUSH, QUICK, Triggers, overlay_with_triggers
 from tests.flows.push_kit import SECRET, payload, signed
@@ -42,14 +42,13 @@ def triggers(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Triggers
     remote = chain.project.parent / "digits.git"
     built = overlay_with_triggers(tmp_path_factory.mktemp("overlay") / "kind", str(remote))
     (job,) = [o for o in yaml.safe_load_all(built) if o["metadata"]["name"] == "register-pipeline"]
-    made = Triggers(chain=chain, prefect=Prefect(url=chain.prefect), receiver="", job=job)
+    made = Triggers(chain=chain, prefect=Prefect(url=chain.prefect), job=job)
     made.change(*QUICK, more=PUSH)
     secret(chain.api, SERVICES, "push-receiver", {"secret": SECRET.decode()})
     kubectl("apply", "--server-side", "-f", "-", stdin=built)
     kubectl("-n", SERVICES, "rollout", "status", "deployment/push-receiver", "--timeout=120s")
-    return Triggers(
-        chain=chain, prefect=made.prefect, receiver=f"http://{address(chain.api, 'push-receiver')}", job=job
-    )
+    kubectl("-n", RUNS, "rollout", "status", "deployment/flow-watch", "--timeout=120s")
+    return made
 
 
 def registered(triggers: Triggers) -> tuple[Any, ...]:
@@ -114,7 +113,7 @@ def test_a_signed_push_retrains_once_at_exactly_that_commit(triggers: Triggers) 
 
 def test_a_receiver_that_dies_between_receipt_and_hand_over_has_it_in_its_queue(triggers: Triggers) -> None:
     label = {"app.kubernetes.io/name": "push-receiver"}
-    before, after = triggers.change(("shift = 1", "shift = 2"))
+    before, after = triggers.change(("batch_size = 8", "batch_size = 4"))  # of [serve]: nothing is trained
     (pod,) = triggers.pods(SERVICES, **label)
     assert triggers.deliver(payload(before, after)) == (202, "accepted")
     triggers.chain.api.delete(f"/api/v1/namespaces/{SERVICES}/pods/{pod}", grace=0)
@@ -124,8 +123,10 @@ def test_a_receiver_that_dies_between_receipt_and_hand_over_has_it_in_its_queue(
     assert successor != pod
     assert triggers.deliver(payload(before, after)) == (200, "duplicate")
     triggers.reaches(flow_run, "Completed")
-    assert triggers.document(flow_run)["git_sha"] == after
-    assert [r["id"] for r in triggers.runs(rev=after)] == [flow_run] and len(triggers.chain.versions()) == 2
+    document = triggers.document(flow_run)
+    assert (document["git_sha"], document["status"]) == (after, "succeeded")
+    assert triggers.reused(document) == STEPS[:3] and len(triggers.chain.versions()) == 1
+    assert [r["id"] for r in triggers.runs(rev=after)] == [flow_run]
 
 
 def test_cancelled_it_leaves_a_checkpoint_and_retried_it_goes_on_from_it(triggers: Triggers) -> None:
@@ -179,10 +180,13 @@ def test_the_clock_retrains_and_a_second_run_follows_the_strategy(triggers: Trig
     triggers.change(("epochs = 80", "epochs = 2"))
 
 
+DECISIONS = {"deploy": 101, "refuse": 102}  # and a setting for each, so that each has an archive of its own
+
+
 def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
     triggers.change(more="\n[deploy]\napproval = true\n")
     before = triggers.chain.rollouts()
-    asked = {decision: triggers.start(train={"seed": seed}) for decision, seed in (("deploy", 90), ("refuse", 91))}
+    asked = {d: triggers.start(train={"seed": 90}, overrides=[f"serve.queue={n}"]) for d, n in DECISIONS.items()}
     for flow_run in asked.values():
         triggers.reaches(flow_run, "Suspended")
         document = triggers.document(flow_run)
@@ -197,7 +201,7 @@ def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
     assert refused["status"] == "refused" and refused["message"].endswith("was refused by a person: not on a Friday")
     assert triggers.state(asked["refuse"])["message"].endswith("not on a Friday")
     assert approved["status"] == "succeeded" and approved["approval"]["decision"] == "deploy"
-    assert all(s["reused"] for s in approved["steps"] if s["name"] in ("pull_data", "train_model", "register_model"))
+    assert triggers.reused(approved) == STEPS[:4]
     assert triggers.chain.rollouts() == before + 1
     for job in triggers.jobs_of(asked["refuse"]):
         assert (job["status"].get("failed", 0), job["status"].get("active", 0)) == (0, 0), (
