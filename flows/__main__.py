@@ -2,7 +2,7 @@
 
     reprise --help
 
-Each command imports what it needs when it runs. Exit codes: 0 fine, 1 run failed, 2 usage or config, 3 preflight,
+Each command imports what it needs when it runs. Exit codes: 0 fine, 1 failed, 2 usage or config, 3 preflight,
 4 gate refused, 130 interrupted. Not covered: the work (the modules that the commands import), the options that
 commands share (flows.command_options), the commands of triggers (flows.trigger_cli).
 """
@@ -16,24 +16,38 @@ if __name__ == "__main__":  # before the other imports: the first process of a p
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from deployments.errors import StepError
-from flows.command_options import HEAD, HERE, ON_CLUSTER, ClusterWork, Json, Snapshot, Target, Work
+from flows.command_options import HEAD, HERE, ON_CLUSTER, ClusterWork, Json, RunId, Snapshot, Target, Work
 from flows.trigger_cli import register
+
+
+def shown(default: Any) -> str | None:
+    """A default as the help tells it: what is off, empty or none needs no word."""
+    return None if default is False or default in ("", ()) else str(default)
+
 
 app = App(
     name="reprise",
     help="Retraining that survives its own interruptions: DVC, spot training, MLflow, TorchServe, in one Prefect flow.",
+    help_epilogue="Exit codes: 0 fine, 1 failed, 2 usage or config, 3 preflight (this place cannot run it), "
+    "4 gate refused, 130 interrupted.",
     version="0.1.0",
     help_format="plaintext",
-    default_parameter=Parameter(negative=""),  # no --no-json, no --empty-set
+    default_parameter=Parameter(negative="", show_default=shown),  # no --no-json, no --empty-set
+)
+THIS_MACHINE, RUNS, MODELS, CLUSTER, BY_THEMSELVES, OPTIONS = (
+    Group(title, sort_key=place)
+    for place, title in enumerate(
+        ("This machine", "Runs", "Models and what serves them", "A cluster", "Runs that start by themselves", "Options")
+    )
 )
 
 
-@app.command
+@app.command(group=THIS_MACHINE, sort_key=0)
 def demo(
     *,
     folder: Annotated[str, Parameter(help="Where the project is made.")] = "demo",
@@ -46,7 +60,7 @@ def demo(
     run_demo(folder=folder, example=example, as_json=json)
 
 
-@app.command
+@app.command(group=THIS_MACHINE, sort_key=2)
 def up(*, target: Target = HERE) -> None:
     """Start Prefect, MLflow and TorchServe on loopback, if they do not run."""
     from flows.commands import start_services
@@ -54,7 +68,7 @@ def up(*, target: Target = HERE) -> None:
     start_services(pipeline=target.pipeline, place=target.place)
 
 
-@app.command
+@app.command(group=THIS_MACHINE, sort_key=3)
 def down(*, target: Target = HERE) -> None:
     """Stop the services and whatever a run left behind. Data stays."""
     from flows.commands import stop_services
@@ -62,7 +76,7 @@ def down(*, target: Target = HERE) -> None:
     stop_services(pipeline=target.pipeline, place=target.place)
 
 
-@app.command
+@app.command(group=RUNS, sort_key=4)
 def run(
     *,
     work: Work = HEAD,
@@ -76,7 +90,7 @@ def run(
     run_pipeline(work.order(interruptions=interrupt), as_json=json, detach=detach)
 
 
-@app.command
+@app.command(group=RUNS, sort_key=5)
 def plan(*, work: Work = HEAD, json: Json = False) -> None:
     """What would run, what is reused, and why. Nothing is started."""
     from flows.commands import show_plan
@@ -84,7 +98,7 @@ def plan(*, work: Work = HEAD, json: Json = False) -> None:
     show_plan(work.order(), as_json=json)
 
 
-@app.command
+@app.command(group=RUNS, sort_key=6)
 def runs(*, target: Target = HERE, json: Json = False) -> None:
     """All runs of this project."""
     from flows.inspect_runs import list_runs
@@ -92,15 +106,15 @@ def runs(*, target: Target = HERE, json: Json = False) -> None:
     list_runs(target.order(), as_json=json)
 
 
-@app.command
-def show(run: str = "", /, *, target: Target = HERE, json: Json = False) -> None:
+@app.command(group=RUNS, sort_key=7)
+def show(run: RunId = "", /, *, target: Target = HERE, json: Json = False) -> None:
     """One run (default: the newest): steps, attempts, results, links."""
     from flows.inspect_runs import show_run
 
     show_run(target.order(), run, as_json=json)
 
 
-@app.command
+@app.command(group=RUNS, sort_key=8)
 def logs(
     run: str = "",
     /,
@@ -115,23 +129,23 @@ def logs(
     show_logs(target.order(), run, step=step, follow=follow)
 
 
-@app.command
-def resume(run: str = "", /, *, target: Target = HERE, json: Json = False) -> None:
+@app.command(group=RUNS, sort_key=9)
+def resume(run: RunId = "", /, *, target: Target = HERE, json: Json = False) -> None:
     """Go on with a run that was interrupted, cancelled or failed, where it was."""
     from flows.commands import resume_run
 
     resume_run(target.order(), run, as_json=json)
 
 
-@app.command
-def cancel(run: str = "", /, *, target: Target = HERE) -> None:
+@app.command(group=RUNS, sort_key=10)
+def cancel(run: RunId = "", /, *, target: Target = HERE) -> None:
     """Stop a run; its training leaves a checkpoint that `resume` goes on from."""
     from flows.commands import cancel_and_tell
 
     cancel_and_tell(target.order(), run)
 
 
-@app.command
+@app.command(group=MODELS, sort_key=11)
 def rollback(
     *,
     to: Annotated[str, Parameter(help="Model version; default: the one that served before.")] = "",
@@ -144,11 +158,11 @@ def rollback(
     roll_back(target.order(cause="rollback"), to, as_json=json)
 
 
-@app.command(name="verify-resume")
+@app.command(name="verify-resume", group=MODELS, sort_key=16)
 def verify_resume(
     *,
     kills: Annotated[int, Parameter(help="How many, at random moments.")] = 10,
-    seed: Annotated[int, Parameter(help="Of the kills.")] = 0,
+    seed: Annotated[int, Parameter(help="Decides the moments.")] = 0,
     work: Work = HEAD,
     json: Json = False,
 ) -> None:
@@ -158,23 +172,35 @@ def verify_resume(
     prove_resume(work.order(), kills=kills, seed=seed, as_json=json)
 
 
-@app.command
-def trace(what: str = "", /, *, target: Target = HERE, json: Json = False) -> None:
-    """From a model version, alias or endpoint (default: what is in service) to its run, attempts, data and commit."""
+@app.command(group=MODELS, sort_key=13)
+def trace(
+    what: Annotated[str, Parameter(help="Version, alias or label; default: what is in service.")] = "",
+    /,
+    *,
+    target: Target = HERE,
+    json: Json = False,
+) -> None:
+    """From a model version, alias or endpoint to its run, attempts, data and commit."""
     from flows.model_commands import show_trace
 
     show_trace(target.order(), what, as_json=json)
 
 
-@app.command(name="who-uses")
-def who_uses(digest: str, /, *, target: Target = HERE, json: Json = False) -> None:
-    """The model versions that were trained on these data (a DVC digest or its first digits)."""
+@app.command(name="who-uses", group=MODELS, sort_key=14)
+def who_uses(
+    digest: Annotated[str, Parameter(help="A DVC digest, or its first digits.")],
+    /,
+    *,
+    target: Target = HERE,
+    json: Json = False,
+) -> None:
+    """The model versions that were trained on these data."""
     from flows.model_commands import show_uses
 
     show_uses(target.order(), digest, as_json=json)
 
 
-@app.command
+@app.command(group=MODELS, sort_key=12)
 def audit(
     *, repair: Annotated[bool, Parameter(help="Make them agree.")] = False, target: Target = HERE, json: Json = False
 ) -> None:
@@ -184,7 +210,7 @@ def audit(
     audit_endpoint(target.order(), repair=repair, as_json=json)
 
 
-@app.command(name="tune-serving")
+@app.command(name="tune-serving", group=MODELS, sort_key=15)
 def tune_serving(
     *,
     concurrency: Annotated[int, Parameter(help="Clients at once.")] = 16,
@@ -198,7 +224,7 @@ def tune_serving(
     tune(target.order(), concurrency=concurrency, seconds=seconds, as_json=json)
 
 
-@app.command
+@app.command(group=THIS_MACHINE, sort_key=1)
 def doctor(*, snapshot: Snapshot = "", target: Target = HERE, json: Json = False) -> None:
     """What is missing here, or on a cluster, and the command that mends it."""
     from flows.cluster_commands import examine_place
@@ -206,7 +232,7 @@ def doctor(*, snapshot: Snapshot = "", target: Target = HERE, json: Json = False
     examine_place(target.order(), snapshot=snapshot, as_json=json)
 
 
-@app.command
+@app.command(group=CLUSTER, sort_key=17)
 def preflight(
     *,
     snapshot: Snapshot = "",
@@ -220,7 +246,7 @@ def preflight(
     show_cluster_preflight(work.order(), snapshot=snapshot, save=save, as_json=json)
 
 
-@app.command
+@app.command(group=CLUSTER, sort_key=18)
 def render(
     *,
     step: Annotated[str, Parameter(help="Only this step's objects.")] = "",
@@ -236,7 +262,7 @@ def render(
     show_render(work.order(), step=step, server=server, as_json=json)
 
 
-@app.command
+@app.command(group=CLUSTER, sort_key=19)
 def gpu(
     *,
     prometheus: Annotated[str, Parameter(help="Its URL; default: PROMETHEUS_URL.")] = "",
@@ -250,7 +276,8 @@ def gpu(
     show_gpu_use(target.order(), prometheus=prometheus, minutes=minutes, as_json=json)
 
 
-register(app)
+register(app, BY_THEMSELVES)
+app["--help"].group = app["--version"].group = OPTIONS
 
 
 def main(arguments: list[str] | None = None) -> None:

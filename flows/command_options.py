@@ -22,7 +22,8 @@ ClusterName = Annotated[str, Parameter(name="--place", help="Which cluster: clus
 Rev = Annotated[str, Parameter(help="Git revision to train at: code, data pointer and parameters.")]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", help="Change a setting: train.epochs=3")]
 Snapshot = Annotated[str, Parameter(help="A cluster's state from this file, not from the cluster.")]
-Json = Annotated[bool, Parameter(name="--json", help="For machines.")]
+Json = Annotated[bool, Parameter(name="--json", help="The same as JSON, for programs.")]
+RunId = Annotated[str, Parameter(help="As `reprise runs` names it; default: the newest.")]
 
 
 @Parameter(name="*")

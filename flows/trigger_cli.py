@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from flows.command_options import HERE, Json, Place, Target
 
 
-def register(app: App) -> None:
-    """Add them to the command line."""
-    app.command(deploy)
-    app.command(serve)
-    hook = App(name="hook", help="Retrain on git push: a receiver for forges, and a command for hooks and CI.")
+def register(app: App, group: Group) -> None:
+    """Add them to the command line, under a heading of their own."""
+    what = "Retrain on git push: a receiver for forges, and a command for hooks and CI."
+    hook = App(name="hook", help=what, group=group, sort_key=2)
+    app.command(deploy, group=group, sort_key=0)
+    app.command(serve, group=group, sort_key=1)
     app.command(hook)  # before its own commands: they take the version from it
     hook.command(hook_serve, name="serve")
     hook.command(hook_push, name="push")
@@ -48,7 +49,7 @@ def hook_serve(
     *,
     pipeline: Annotated[tuple[str, ...], Parameter(name=["--pipeline", "-p"], help="One or more pipeline.toml.")] = (),
     host: Annotated[str, Parameter(help="Where to listen; a proxy or a tunnel stands before it.")] = "127.0.0.1",
-    port: Annotated[int, Parameter(help="POST /push")] = 14300,
+    port: Annotated[int, Parameter(help="Pushes are posted to /push there.")] = 14300,
     place: Place = "laptop",
 ) -> None:
     """Receive pushes of GitHub, GitLab, Gitea and Forgejo, signed with the secret of [push]."""
@@ -58,16 +59,16 @@ def hook_serve(
 
 
 def hook_push(
-    before: str,
-    after: str,
-    ref: str,
+    before: Annotated[str, Parameter(help="The commit before the push.")],
+    after: Annotated[str, Parameter(help="The commit after it.")],
+    ref: Annotated[str, Parameter(help="What was pushed, such as refs/heads/main.")],
     /,
     *,
     wait: Annotated[float, Parameter(help="Seconds to wait for the decision.")] = 15.0,
     target: Target = HERE,
     json: Json = False,
 ) -> None:
-    """One push, as a post-receive hook gets it: OLD NEW REF. Kept and decided; the run starts in Prefect."""
+    """One push, as a post-receive hook gets it. Kept and decided; the run starts in Prefect."""
     from flows.trigger_commands import push_from_hook
 
     push_from_hook(before, after, ref, wait=wait, pipeline=target.pipeline, place=target.place, as_json=json)

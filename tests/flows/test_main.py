@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 
-from flows.__main__ import main
+from flows.__main__ import app, main
 
 PIPELINE = '[pipeline]\nname = "digits"\n[data]\npath = "data/digits"\n[model]\nmodule = "digits.py"\n'
 POINTER = "outs:\n- md5: {}.dir\n  size: 10\n  nfiles: 2\n  hash: md5\n  path: digits\n"
@@ -113,12 +115,31 @@ def test_a_remote_that_does_not_verify_is_a_failed_preflight(project: Path, caps
     assert "verify true" in capsys.readouterr().err
 
 
-def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ("demo", "up", "down", "run", "plan", "runs", "show", "logs", "resume", "cancel", "rollback", "doctor")
-    commands += ("preflight", "render", "gpu")
+def commands(below: App = app, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name in below:
+        if not name.startswith("-"):
+            yield (*before, name)
+            yield from commands(below[name], (*before, name))
+
+
+@pytest.mark.parametrize("command", [(), *commands()], ids=" ".join)
+def test_every_command_explains_itself(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal of 80 columns: what it does, what each option is, how it ends."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert reprise(*command, "--help") == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "Usage:" in text and "Exit codes: 0 fine" in text
+    rows = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
+    assert [row for row in rows if len(row.split("  ", 1)) == 1 and row.startswith("-")] == [], (
+        "an option without a word"
+    )
+    assert not any(empty in text for empty in ('[default: ""]', "[default: ()]", "[default: False]"))
+
+
+def test_the_overview_has_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert reprise("--help") == 0
-    overview = capsys.readouterr().out
-    for command in commands:
-        assert command in overview
-        assert reprise(command, "--help") == 0
-        assert "Usage:" in capsys.readouterr().out
+    first_words = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ")]
+    assert {name for (name,) in [c for c in commands() if len(c) == 1]} <= set(first_words)
