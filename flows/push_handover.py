@@ -10,7 +10,6 @@ is given up. Not covered: receiving (flows.push_receiver, `reprise hook push`), 
 from __future__ import annotations
 
 import itertools
-import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from flows.fetch import SHA, NotThere, fetch_commit, has_commit, is_ancestor
 from flows.prefect_api import Prefect
 from flows.project import Project, Unsound
 from flows.push_plan import Decision, decide, keys_at
-from flows.push_queue import ZERO, Entry, Push, PushQueue
+from flows.push_queue import ZERO, Entry, Push, PushQueue, Unusable
 from flows.settings import PipelineSettings, PlaceSettings, load_pipeline
 from flows.start import Order, pipeline_file
 from flows.triggers import any_place, prefect_of
@@ -120,6 +119,8 @@ def _branch(target: Target, entries: list[Entry]) -> list[Entry]:
         return []
     try:
         _decide(target, entries)
+    except Unusable:
+        raise
     except NotThere as error:
         _put_off(target, newest, str(error), lost=True)
         if entries[:-1]:
@@ -128,8 +129,6 @@ def _branch(target: Target, entries: list[Entry]) -> list[Entry]:
         _put_off(target, newest, str(error))
     except StepError as error:
         target.queue.decide(newest, "refused", reason=str(error))
-    except sqlite3.Error:
-        raise
     except Exception as error:
         _put_off(target, newest, f"{type(error).__name__}: {error}", lost=True)
     return entries

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from deployments.errors import TryAgain
+
 State = Literal["waiting", "started", "nothing", "superseded", "refused"]
 ZERO = "0" * 40
 BUSY_SECONDS = 30.0  # a push that is kept late is worth more than one that is refused
@@ -78,8 +80,15 @@ class Entry:
     next_try: float  # unix seconds
 
 
+class Unusable(TryAgain):
+    """The queue's file cannot be used now: nothing was kept, nothing was decided."""
+
+
 class PushQueue:
-    """The queue of one pipeline. Safe for several threads and processes; a connection per call."""
+    """The queue of one pipeline. Safe for several threads and processes; a connection per call.
+
+    Every method raises Unusable where the disk is full, somebody holds the file for long, or it is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,10 +99,16 @@ class PushQueue:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
-            db.execute("PRAGMA synchronous=FULL")  # an answered push survives the machine, not only the process
-            db.row_factory = sqlite3.Row
-            yield db
+        try:
+            with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
+                db.execute("PRAGMA synchronous=FULL")  # an answered push survives the machine, not only the process
+                db.row_factory = sqlite3.Row
+                yield db
+        except sqlite3.Error as error:
+            raise Unusable(
+                f"{self.path}: the queue of pushes cannot be used: {error}; expected a sound file and free disk; "
+                "if it is damaged, move it away: a new one is made, and the next push is compared with its own base"
+            ) from error
 
     def add(self, push: Push) -> tuple[str, bool]:
         """Keep it: (its id, whether it is new). On the disk when this returns.

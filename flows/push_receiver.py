@@ -12,7 +12,6 @@ what payloads say (flows.push_payload), connections (flows.push_server), TLS and
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,7 +25,7 @@ from starlette.requests import ClientDisconnect
 
 from flows.push_handover import Target, drain_forever
 from flows.push_payload import SCHEMA, Refused, event_of, read_push
-from flows.push_queue import Push
+from flows.push_queue import Push, Unusable
 from flows.push_signature import is_signed, signing_key
 from flows.push_status import report_forever
 from flows.references import secret
@@ -129,10 +128,10 @@ def make_app(
             answer.headers["connection"] = "close"
         return answer
 
-    @app.exception_handler(sqlite3.Error)
-    async def not_kept(request: Request, error: sqlite3.Error) -> JSONResponse:
+    @app.exception_handler(Unusable)
+    async def not_kept(request: Request, error: Unusable) -> JSONResponse:
         """Never 202 for what is not on the disk. Forges show the delivery as failed, with a button to send it again."""
-        tell(f"the queue of pushes cannot be used: {error}; answered {request.url.path} with 503")
+        tell(f"{error}; answered {request.url.path} with 503")
         reason = "the queue of pushes cannot be used now; send it again when the machine of the receiver is well"
         return JSONResponse({"status": "refused", "reason": reason}, 503)
 

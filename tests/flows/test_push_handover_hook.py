@@ -1,5 +1,7 @@
 """The decision table: real `git push` to a real bare repository with the shipped post-receive hook, a line a case.
 
+The README's table is this one; a test compares them.
+
 .venv/bin/pytest -s tests/flows/test_push_handover_hook.py     # prints what the pusher reads
 """
 
@@ -131,3 +133,16 @@ def test_a_push(
     assert len(prefect.runs) - before == runs
     if runs:
         assert list(prefect.runs.values())[-1]["parameters"] == {"rev": pusher.repos.head(), "cause": "push"}
+
+
+def test_the_table_in_the_readme_is_this_one() -> None:
+    """Same lines, same order, same words; the burst is told below it."""
+    text = (HOOK.parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text.split("| a push of |")[1].split("\n\n")[0], re.M)
+    table = [case for case in TABLE if case[0] is not Pusher.burst]
+    assert len(rows) == len(table)
+    for (pushed, starts, because), (change, said, runs) in zip(rows, table, strict=True):
+        assert said.rpartition("because ")[2] in because, (pushed, change.__name__)
+        assert (starts != "nothing") == bool(runs), pushed
+        verb = said.partition(",")[0]
+        assert runs == 0 or starts.startswith(("what differs", f"a {verb}")), starts

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.push_queue import Push, PushQueue
+from flows.push_queue import Push, PushQueue, Unusable
 
 A, B, C = "a" * 40, "b" * 40, "c" * 40
 
@@ -132,3 +132,17 @@ def test_a_killed_add_leaves_the_queue_usable(queue: PushQueue) -> None:
     half.close()  # as its process' death would
     assert queue.add(push())[1]
     assert len(queue.entries()) == 1
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "held"])
+def test_a_queue_that_cannot_be_used_says_so(queue: PushQueue, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.push_queue.BUSY_SECONDS", 0.1)
+    holder = sqlite3.connect(queue.path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    if trouble == "damaged":
+        holder.close()
+        queue.path.write_bytes(b"no database" * 1000)
+    words = {"damaged": "file is not a database", "held": "database is locked"}[trouble]
+    with pytest.raises(Unusable, match=f"the queue of pushes cannot be used: {words}; expected a sound file"):
+        queue.add(push())
+    holder.close()

@@ -21,7 +21,7 @@ from flows.place_settings import load_place
 from flows.prefect_api import Prefect
 from flows.project import Project
 from flows.push_handover import Target
-from flows.push_queue import PushQueue
+from flows.push_queue import PushQueue, Unusable
 from flows.push_receiver import LARGE_AT_ONCE, MAX_BYTES, Guarded, guard, make_app
 from flows.push_signature import is_signed
 from flows.settings import load_pipeline
@@ -330,7 +330,7 @@ def test_it_is_on_the_disk_before_it_is_answered(receiver: Receiver, monkeypatch
     """A queue that cannot be written answers no 202: the forge will deliver again."""
 
     def full(*_: object) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise Unusable("the queue of pushes cannot be used: database or disk is full")
 
     monkeypatch.setattr(PushQueue, "add", full)
     body = payload(A, B)
@@ -359,7 +359,7 @@ def test_one_of_two_queues_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def full(queue: PushQueue, push: Any) -> Any:
         if queue is targets[1].queue:
-            raise sqlite3.OperationalError("database or disk is full")
+            raise Unusable("the queue of pushes cannot be used: database or disk is full")
         return add(queue, push)
 
     with monkeypatch.context() as patched:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.flows.forge_kit import FakeForge
-from tests.flows.push_kit import payload, signed
+from tests.flows.push_kit import HOOK, git, payload, signed
 from tests.flows.triggers.laptop_kit import Project, Receiver, decided, pushed_runs, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -50,6 +52,46 @@ def test_documentation_nothing_and_serving_no_training(project: Project, receive
     reused = {s["name"]: s["reused"] for s in project.document(entry["flow_run"])["steps"]}
     assert reused["train_model"] and reused["register_model"] and not reused["deploy_model"]
     assert project.versions() == versions
+
+
+@pytest.mark.parametrize("way", ["hook", "receiver"])
+def test_of_ten_pushes_within_a_minute_the_newest_counts(project: Project, receiver: Receiver, way: str) -> None:
+    """Ten times `git push`, told by the shipped post-receive or over HTTP: the newest runs, and what had begun."""
+    hook = project.bare / "hooks" / "post-receive"
+    if way == "hook":
+        git(project.bare, "config", "reprise.pipeline", str(project.folder / "pipeline.toml"))
+        git(project.bare, "config", "reprise.command", f"{sys.executable} -m flows")
+        hook.write_bytes(HOOK.read_bytes())
+        hook.chmod(0o755)
+    began, moves = time.monotonic(), []
+    try:
+        for n in range(10):
+            before = project.head()
+            project.change("[train.params]\n", f"[train.params]\nten_{way}_{n} = {n}\n", commit=False)
+            git(project.work, "commit", "-qam", f"{n} of ten")
+            moves.append((before, project.head()))
+            done = subprocess.run(
+                ["git", "push", "origin", "main"], cwd=project.work, capture_output=True, text=True, check=True
+            )
+            if way == "hook":
+                assert f"ten_{way}_{n} changed; flow run" in done.stderr, done.stderr
+            else:
+                assert receiver.post(payload(*moves[-1])) == (202, "accepted")
+    finally:
+        hook.unlink(missing_ok=True)
+    took = time.monotonic() - began
+    assert took < 60
+    newest = moves[-1][1]
+    flow_run = decided(project, newest)["flow_run"]
+    project.wait(flow_run, "Completed", seconds=300)
+    assert project.document(flow_run)["git_sha"] == newest
+    earlier = [run for _, after in moves[:-1] for run in pushed_runs(project, after)]
+    ends = [project.wait(run["id"], "Completed", "Superseded", seconds=60) for run in earlier]
+    print(f"{way}: ten pushes in {took:.0f} s; runs of the newest: 1, of the others: {ends}")
+    assert len(pushed_runs(project, newest)) == 1
+    assert ends.count("Completed") <= 1, "only what had begun"
+    if way == "receiver":
+        assert len(earlier) <= 3, "most of them were never asked for"
 
 
 def test_forged_and_broken_ones_over_real_http(project: Project, receiver: Receiver) -> None:
