@@ -8,14 +8,17 @@ has spoken before (tasks.gate), and who may answer (Prefect's own access control
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from prefect import runtime
 from prefect.flow_runs import apause_flow_run, asuspend_flow_run
 from prefect.input import RunInput
+from prefect.logging import get_run_logger
 from pydantic import Field
 
 from deployments.errors import GateRefused
+from flows.publish import told_so_far
+from flows.result_page import headline, numbers, training_words
 from flows.run import Run
 from tasks.register_model import RegisteredModel
 
@@ -23,8 +26,9 @@ from tasks.register_model import RegisteredModel
 class Approval(RunInput):
     """What Prefect's UI asks for."""
 
+    # No default: a resume without an answer (a command, an automation, a slip) puts nothing into service.
     decision: Literal["deploy", "refuse"] = Field(
-        default="deploy", title="Decision", description="deploy: into service; refuse: the old version goes on."
+        title="Decision", description="deploy: into service; refuse: the old version goes on."
     )
     comment: str = Field(default="", title="Comment", description="Kept with the run.", max_length=2000)
 
@@ -36,14 +40,17 @@ async def approved(run: Run, model: RegisteredModel) -> None:
         return
     record = f"approvals/{step.key}"
     answer = run.store.read(record)
-    if answer is None:
+    if answer is None or _may_change(answer, run):
         given = await _ask(run, model, step.key, int(deploy.approval_within))
         answer = {"decision": given.decision, "comment": given.comment, "run": run.id}
         run.store.write(record, answer)
     run.update(status="running", message="", approval=answer)
     if answer["decision"] == "refuse":
         said = f": {answer['comment']}" if answer["comment"] else ""
-        raise GateRefused(f"version {model.version} of {run.plan.pipeline.name} was refused by a person{said}")
+        raise GateRefused(
+            f"version {model.version} of {run.plan.pipeline.name} was refused by a person{said}"
+            "; a run from the form or the command asks again"
+        )
     serving = ((run.store.read(f"endpoints/{run.plan.pipeline.name}") or {}).get("serving") or {}).get("version", "0")
     if int(serving) > int(model.version):
         raise GateRefused(
@@ -52,10 +59,17 @@ async def approved(run: Run, model: RegisteredModel) -> None:
         )
 
 
+def _may_change(answer: dict[str, Any], run: Run) -> bool:
+    """Somebody who starts another run of what was refused wants to be asked; a schedule would ask every night."""
+    return bool(answer["decision"] == "refuse" and answer["run"] != run.id and run.document["cause"] != "schedule")
+
+
 async def _ask(run: Run, model: RegisteredModel, key: str, seconds: int) -> Approval:
     where = run.document["links"].get("prefect", run.urls["prefect"])
     run.update(status="waiting", message=f"version {model.version} waits for approval: {where}")
     run.event("line", step="deploy_model", line=f"deploy_model: waits for approval of version {model.version}: {where}")
+    await told_so_far(run)
+    get_run_logger().info(headline(run.document))
     asked = Approval.with_initial_data(description=question(run, model))
     if runtime.deployment.id:
         return await asuspend_flow_run(wait_for_input=asked, timeout=seconds, key=f"deploy-{key[:12]}")
@@ -65,13 +79,14 @@ async def _ask(run: Run, model: RegisteredModel, key: str, seconds: int) -> Appr
 def question(run: Run, model: RegisteredModel) -> str:
     """What a person needs to decide, as Markdown: the numbers, the gate's words, what is in service now."""
     document, name = run.document, run.plan.pipeline.name
-    numbers = ", ".join(f"{key} {value:.4g}" for key, value in sorted(document["metrics"].items()))
     serving = ((run.store.read(f"endpoints/{name}") or {}).get("serving") or {}).get("version")
     lines = [
-        f"**{name}** version {model.version}, commit {document['git_sha'][:7]}: {numbers}.",
+        f"**{name}** version {model.version}, commit {document['git_sha'][:7]}: {numbers(document['metrics'])}.",
         *(f"- {sentence}" for sentence in model.decision.get("sentences", ())),
         f"- in service now: {f'version {serving}' if serving else 'nothing yet'}",
+        *([f"- trained in {training_words(document)}"] if document["attempts"] else []),
+        *([f"- changed for this run: {', '.join(document['overrides'])}"] if document["overrides"] else []),
         "",
-        f"[The version in MLflow]({model.model_url})",
+        f"[The version in MLflow]({document['links'].get('model', model.model_url)})",
     ]
     return "\n".join(lines)

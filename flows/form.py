@@ -27,7 +27,10 @@ Rev = Annotated[
         pattern=r"^[A-Za-z0-9_][^\s:?*\[\\]*$",
     ),
 ]
-Setting = Annotated[str, Field(pattern=r"^[a-z_]+(\.[A-Za-z0-9_-]+)+=.*$")]
+# A run is of its pipeline: [pipeline] is none of its settings, nor is when it starts ([schedule], [push]).
+Setting = Annotated[
+    str, Field(pattern=r"^(data|model|train|gate|serve|check|deploy|notify)(\.[A-Za-z0-9_-]+)+=.*$", max_length=2000)
+]
 Overrides = Annotated[
     list[Setting],
     Field(
@@ -65,18 +68,42 @@ class TrainingForm(BaseModel):
     ] = Field(default_factory=dict)
 
 
-def overrides_of(train: TrainingForm | None, pipeline: PipelineSettings) -> list[str]:
-    """The fields that say something else than pipeline.toml, as "train.epochs=3"."""
+def defaults_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """What a registered form showed in [train] before anybody wrote in it; {} for a form without defaults."""
+    training = (schema.get("definitions") or {}).get("TrainingForm") or {}
+    fields = dict(training.get("properties") or {})
+    params = fields.pop("params", {}).get("properties") or {}
+    return {**_defaults(fields), "params": _defaults(params)}
+
+
+def _defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: field["default"] for name, field in fields.items() if field.get("default") is not None}
+
+
+def overrides_of(
+    train: TrainingForm | None, pipeline: PipelineSettings, *, shown: dict[str, Any] | None = None
+) -> list[str]:
+    """The fields that say something else than pipeline.toml, as "train.epochs=3".
+
+    `shown` (`defaults_of`) is what the form said by itself. Prefect's page sends that too, and it is of the file that
+    the form was made of, not of the one at another revision.
+    """
     if train is None:
         return []
+    shown = shown or {}
     given = train.model_dump(exclude_none=True)
-    params = given.pop("params", {})
+    params = _written(given.pop("params", {}), shown.get("params", {}))
+    given = _written(given, shown)
     changed = [f"train.{k}={_toml(v)}" for k, v in given.items() if getattr(pipeline.train, k) != v]
     return changed + [
         f"train.params.{k}={_toml(v)}"
         for k, v in params.items()
         if k not in pipeline.train.params or pipeline.train.params[k] != v
     ]
+
+
+def _written(given: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in shown or value != shown[name]}
 
 
 def _toml(value: object) -> str:
@@ -107,7 +134,8 @@ def form(pipeline: PipelineSettings, *, place: str, revs: Sequence[str] = ()) ->
         "rev": {**_schema(Rev), "default": pipeline.schedule.rev, **({"examples": list(revs)} if revs else {})},
         "train": {
             "title": "Training",
-            "description": "As in pipeline.toml; change what this run should have otherwise.",
+            "description": "What is left as it stands is as in pipeline.toml at the revision; change what this run "
+            "should have otherwise.",
             "allOf": [{"$ref": "#/definitions/TrainingForm"}],
         },
         "overrides": {**_schema(Overrides), "default": []},

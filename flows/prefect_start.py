@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from deployments.errors import TryAgain
-from flows.form import TrainingForm, overrides_of
+from flows.form import TrainingForm, defaults_of, overrides_of
 from flows.place import CLUSTER_VARIABLE, Place, open_place
+from flows.prefect_api import Prefect
 from flows.run import FINISHED, Run, read_run
 from flows.run_mirror import mirrored
 from flows.start import Order, begin, pipeline_file, prepare, prepared_run
@@ -62,8 +63,10 @@ async def current_run(order: Order, form: TrainingForm | None = None) -> AsyncIt
             order = _again(order, document)
         file, rev = await asyncio.to_thread(place.bring, pipeline, order.rev)
         order = replace(order, pipeline=str(file), rev=rev)
-        if document is None:
-            order = replace(order, overrides=(*overrides_of(form, prepare(order, place).pipeline), *order.overrides))
+        if document is None and form is not None:
+            shown = await asyncio.to_thread(_shown, place, str(runtime.deployment.id or ""))
+            changed = overrides_of(form, prepare(order, place).pipeline, shown=shown)
+            order = replace(order, overrides=(*changed, *order.overrides))
         prepared = prepare(order, place)
         await _turn(held, store, f"pipeline-{prepared.pipeline.name}", seconds=prepared.pipeline.train.deadline)
         await asyncio.to_thread(place.ensure)
@@ -72,6 +75,12 @@ async def current_run(order: Order, form: TrainingForm | None = None) -> AsyncIt
             remember_flow_run(run, flow_run)
             with mirrored(run, flow_run) if in_pod else contextlib.nullcontext():
                 yield run
+
+
+def _shown(place: Place, deployment: str) -> dict[str, Any]:
+    """What the form of a deployment says by itself. Raises TryAgain without a server."""
+    found = Prefect(url=place.urls["prefect"]).find(f"/deployments/{deployment}") if deployment else None
+    return defaults_of((found or {}).get("parameter_openapi_schema") or {})
 
 
 def _opened(order: Order, *, in_pod: bool) -> tuple[Place, str]:

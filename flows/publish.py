@@ -13,24 +13,26 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
+from typing import Any
 from uuid import UUID
 
 from prefect import runtime
-from prefect.artifacts import acreate_image_artifact, acreate_link_artifact, acreate_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Crashed
 
 from deployments.errors import GateRefused, StepError
-from deployments.workload import INTERRUPTIONS, Workload
+from deployments.workload import Workload
 from flows import requests
+from flows.artifact import Kind, show, show_now
 from flows.curve import curve_svg
 from flows.notifications import notify
 from flows.plan_page import plan_markdown
 from flows.prefect_api import Prefect
 from flows.prefect_start import remember_flow_run
 from flows.program import run_program
+from flows.result_page import headline, result_markdown, training_words
 from flows.run import Run
 from flows.start import run_title
 from flows.training_progress import training_progress
@@ -49,39 +51,41 @@ async def published(run: Run) -> AsyncIterator[None]:
             yield
     except asyncio.CancelledError:
         _stopped(run)
+        show_now(run, *_result(run), timeout=2.0)
         raise
     except Exception as error:
         status = "refused" if isinstance(error, GateRefused) else "failed"
         run.update(status=status, ended=time.time(), message=str(error), error=type(error).__name__)
         if "train_model" in run.results:
             await _report(run)
+        await show(run, *_result(run))
         await _tell(run)
         run.update(closed=True)
-        if not isinstance(error, StepError):
-            raise
-        get_run_logger().error(str(error))
         raise
     finishing = run.document.get("previous", {}).get("status") == "succeeded"  # killed after its last step
     if run.plan.unchanged and not finishing:  # the schedule of a quiet night: its report would be the last one's
         run.update(status="unchanged", ended=time.time(), message="every step is reused")
-        _fill(run)
-        await _links(run)
+        fill(run)
     else:
         run.update(status="succeeded", ended=time.time(), message="")
         await _report(run)
+    await show(run, *_result(run))
+    get_run_logger().info(headline(run.document))
     await _tell(run)
     run.update(closed=True)
 
 
 def _stopped(run: Run) -> None:
     """Somebody cancelled the run, or its process has to go: the trainer saves, and what comes next is written down."""
-    status, way = "cancelled", f"`reprise resume {run.id}` goes on"
+    status, way = "cancelled", f"`reprise resume {run.id}` goes on where it was"
     with _told_once():
         try:
             if runtime.deployment.id:  # the command stops its workload itself
                 flow_run = Prefect(url=run.urls["prefect"]).run(str(runtime.flow_run.id)) or {}
                 cancelled = (flow_run.get("state") or {}).get("type") in ("CANCELLING", "CANCELLED")
-                if not cancelled:
+                if cancelled:
+                    way = f"Retry in Prefect or {way}"
+                else:
                     status, way = "interrupted", f"its process was told to end; {way}"
                 if run.workload and (cancelled or not run.plan.place.outlives_flow):
                     run.runner.stop(run.workload, grace_seconds=min(run.plan.place.spot.grace, GRACE_SECONDS))
@@ -123,9 +127,8 @@ async def _begin(run: Run) -> None:
     previous = run.document.get("previous", {}).get("prefect")
     if previous and previous != flow_run:
         await _close_previous(run, previous)
-    await acreate_markdown_artifact(
-        key="plan", markdown=plan_markdown(run.plan), description="What runs, what is reused, and why"
-    )
+    text = plan_markdown(run.plan, changed=run.document["overrides"])
+    await show(run, "plan", "markdown", text, "What runs, what is reused, and why")
 
 
 async def _close_previous(run: Run, flow_run: str) -> None:
@@ -140,16 +143,31 @@ async def _close_previous(run: Run, flow_run: str) -> None:
 async def curve(run: Run, training: TrainedModel) -> None:
     """The loss with the interruptions marked."""
     attempts = run.document["attempts"]
-    cut = sum(a["cause"] in INTERRUPTIONS for a in attempts)
-    title = f"loss over {training.steps} steps, {len(attempts)} attempts, {cut} interruptions"
+    title = f"Loss over {training.steps} steps: {training_words(run.document)}"
     svg = curve_svg(progress_of(training.progress), attempts, title)
     run.document["links"]["mlflow_run"] = _mlflow_run_url(run, training)
     run.save()
-    await acreate_image_artifact(
-        key="training-curve",
-        image_url="data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
-        description=title,
-    )
+    # Not an image artifact: Prefect prints the address of one, here the whole picture in base64, across its page.
+    picture = f"![{title}](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
+    await show(run, "curve", "markdown", "\n".join([picture, "", *_attempt_rows(attempts)]), title)
+
+
+def _attempt_rows(attempts: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        f"| {a['number']} | {a['from_step']} | {a['reached_step']} | {a['cause'] or 'runs'} | {a['steps_lost']} |"
+        for a in attempts
+    ]
+    return ["| attempt | from step | reached | ended by | steps lost |", "|---|---|---|---|---|", *rows]
+
+
+async def told_so_far(run: Run) -> None:
+    """The result's page before the end, for a person who has to decide."""
+    fill(run)
+    await show(run, *_result(run))
+
+
+def _result(run: Run) -> tuple[str, Kind, str, str]:
+    return "result", "markdown", result_markdown(run.document), headline(run.document)
 
 
 def _mlflow_run_url(run: Run, training: TrainedModel) -> str:
@@ -165,7 +183,7 @@ def _for_people(run: Run, url: str) -> str:
 async def _report(run: Run) -> None:
     """The page about the run: made by a step program, linked from Prefect. Its failure does not fail the run."""
     training: TrainedModel = run.results["train_model"]
-    _fill(run)
+    fill(run)
     request = requests.report(run, training)
     # A flow that was killed here adopts it; what a failed run reports is another thing each time.
     which = "done" if run.document["status"] == "succeeded" else str(run.document.get("resumed", 0))
@@ -188,10 +206,9 @@ async def _report(run: Run) -> None:
         )
         run.document["report_seconds"] = document["seconds"]
     run.save()
-    await _links(run)
 
 
-def _fill(run: Run) -> None:
+def fill(run: Run) -> None:
     """What the steps' results say about the run, into its document."""
     results, links = run.results, run.document["links"]
     if archive := results.get("package_model"):
@@ -207,16 +224,3 @@ def _fill(run: Run) -> None:
         run.document["check"] = asdict(checked)
     run.document["metrics"] = results["train_model"].metrics
     run.save()
-
-
-async def _links(run: Run) -> None:
-    links = run.document["links"]
-    texts = {
-        "report_mlflow": ("report", "Report of this run"),
-        "mlflow_run": ("mlflow-run", "Training run in MLflow"),
-        "model": ("model-version", f"Model version {run.document['model_version']} in MLflow"),
-        "endpoint": ("endpoint", "Endpoint"),
-    }
-    for name, (key, text) in texts.items():
-        if links.get(name):
-            await acreate_link_artifact(key=key, link=links[name], link_text=text, description=text)

@@ -9,15 +9,17 @@ Not covered: what a step does (tasks), where it runs (deployments), who starts t
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from flows import requests
 from flows.approval import approved
 from flows.form import Cause, Overrides, Rev, TrainingForm
+from flows.plain_errors import plain_errors
 from flows.prefect_start import current_run
 from flows.publish import curve, published
+from flows.result_page import headline
 from flows.start import Order, run_name
 from flows.steps import run_step
 from flows.versions import champion_on, remember_version
@@ -28,6 +30,8 @@ from tasks.pull_data import pull_data
 from tasks.register_model import register_model
 from tasks.train_model import train_model
 
+plain_errors()
+
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False)
 async def retrain(
@@ -37,8 +41,8 @@ async def retrain(
     cause: Cause = "form",
     pipeline: str = "",
     place: str = "laptop",
-) -> dict[str, Any]:
-    """One run of one pipeline; returns its document. Raises what its first failing step raised."""
+) -> State[None]:
+    """One run of one pipeline; ends in a state that says what came of it. Raises what its first failing step raised."""
     order = Order(pipeline=pipeline, rev=rev, overrides=tuple(overrides or ()), place=place, cause=cause)
     async with current_run(order, train) as run, published(run):
         data = await run_step(run, pull_data, requests.pull(run))
@@ -51,4 +55,4 @@ async def retrain(
         await approved(run, model)
         endpoint = await run_step(run, deploy_model, requests.deploy(run, model, archive, training))
         await run_step(run, check_endpoint, requests.check(run, endpoint, training))
-    return run.document
+    return Completed(message=headline(run.document))

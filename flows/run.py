@@ -159,6 +159,7 @@ def open_run(
         document = {
             **new_document(plan, run=run, rev=rev, overrides=overrides, cause=str(document["cause"])),
             "started": document["started"],
+            "rev": document["rev"],  # as somebody asked for it; it goes on at its commit
             # A flow that died goes on within its budgets; whoever resumes a failed or cancelled run renews them.
             "budget_since": document["budget_since"] if document["status"] == "interrupted" else time.time(),
             "attempts": document["attempts"],

@@ -6,6 +6,7 @@ used by the command and by the flow itself when Prefect starts it. Not covered: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -71,12 +72,15 @@ def run_title(run: Run) -> str:
 
 
 def run_name() -> str:
-    """The name of the flow run in Prefect; one that Prefect starts keeps the name it was given until its run begins."""
+    """The name of the flow run in Prefect until its run begins: what was asked for, where Prefect made a name up."""
     if (run := prepared_run.get()) is not None:
         return run_title(run)
     from prefect import runtime
 
-    return str(runtime.flow_run.name or "retrain")
+    name, asked = str(runtime.flow_run.name or "retrain"), runtime.flow_run.parameters or {}
+    if not re.fullmatch(r"[a-z0-9]+-[a-z0-9]+", name) or not runtime.deployment.name:
+        return name  # of a push, of its run, of a person
+    return f"{runtime.deployment.name} {str(asked.get('rev', 'HEAD'))[:60]} {asked.get('cause', 'form')}"
 
 
 def pipeline_file(order: Order) -> Path:

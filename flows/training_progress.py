@@ -14,8 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
-
+from flows.artifact import show
 from flows.run import Run
 
 SECONDS = 3.0  # between looks
@@ -40,21 +39,21 @@ async def training_progress(run: Run) -> AsyncIterator[None]:
 class _Bar:
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._id: Any = None
+        self._drawn = False
         self._file = run.store.path / "trainings" / run.plan.steps["train_model"].key / "progress.jsonl"
 
     def _status(self) -> str:
         return str(self._run.step_row("train_model")["status"])
 
     async def draw(self) -> None:
-        while self._id is None or self._status() == "running":
+        while not self._drawn or self._status() == "running":
             await asyncio.sleep(SECONDS)
             if self._status() == "running":
                 await self._show()
 
     async def finish(self) -> None:
         """The trainer tells of a step now and then only: a training that is done was at its last one."""
-        if self._id is not None:
+        if self._drawn:
             await self._show(done=self._status() == "done")
 
     async def _show(self, *, done: bool = False) -> None:
@@ -62,11 +61,9 @@ class _Bar:
             return
         step = last["max_steps"] if done else last["step"]
         share = 100.0 * step / max(1, last["max_steps"])
-        said = f"step {step} of {last['max_steps']}, epoch {last['epoch']}, loss {last['loss']:.4g}"
-        if self._id is None:
-            self._id = await acreate_progress_artifact(progress=share, key="training", description=said)
-        else:
-            await aupdate_progress_artifact(self._id, progress=share, description=said)
+        said = f"step {step} of {last['max_steps']}, epoch {last['epoch'] + 1}, loss {last['loss']:.4g}"
+        await show(self._run, "training", "progress", share, said)
+        self._drawn = True
 
 
 def newest_step(file: Path) -> dict[str, Any] | None:

@@ -95,13 +95,26 @@ def cron_of(pipeline: PipelineSettings) -> dict[str, Any]:
     }
 
 
+def described(pipeline: PipelineSettings) -> str:
+    """What a person reads on the deployment's page."""
+    schedule, end = pipeline.schedule, "a new version goes into service if the gate accepts it"
+    if pipeline.deploy.approval:
+        end += " and a person approves"
+    paused = " (paused)" if schedule.paused else ""
+    when = f"by itself at `{schedule.cron}` {schedule.timezone}{paused}" if schedule.cron else "on demand"
+    return (
+        f"Retrains **{pipeline.name}** {when}, at `{schedule.rev}`: pull, train, register, package, deploy, check. "
+        f"Whatever is done for the same inputs is reused; {end}.\n\n"
+        "**Cancel** stops the trainer with a checkpoint, **Retry** goes on there."
+    )
+
+
 def deployment(pipeline: PipelineSettings, place: PlaceSettings) -> dict[str, Any]:
     """The deployment as Prefect's API takes it."""
     schedule, folder = pipeline.schedule, str(pipeline.folder)
     return {
         "name": pipeline.name,
-        "description": f"Retrain `{pipeline.name}`: pull, train, register, package, deploy, check. "
-        "Whatever is done for the same inputs is reused.",
+        "description": described(pipeline),
         "tags": ["reprise", pipeline.name],
         "entrypoint": ENTRYPOINT,
         # Not `path`: Prefect would copy that whole folder at every run.
@@ -113,7 +126,8 @@ def deployment(pipeline: PipelineSettings, place: PlaceSettings) -> dict[str, An
             "working_dir": folder,
             "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)},
         },
-        "parameters": {"pipeline": str(pipeline.file), "place": _place_name(place)},
+        # The revision too: Prefect's Quick run takes these, not the form's defaults.
+        "parameters": {"pipeline": str(pipeline.file), "place": _place_name(place), "rev": schedule.rev},
         "parameter_openapi_schema": form(
             pipeline, place=_place_name(place), revs=["HEAD", *branches(Project(pipeline.folder))]
         ),

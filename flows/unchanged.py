@@ -34,9 +34,9 @@ def record_unchanged(run: Run) -> str:
             },
         )
         artifact = {
-            "key": "plan",
+            "key": f"{run.plan.pipeline.name}-plan",
             "type": "markdown",
-            "data": plan_markdown(run.plan),
+            "data": plan_markdown(run.plan, changed=run.document["overrides"]),
             "description": "What runs, what is reused, and why",
             "flow_run_id": flow_run["id"],
         }

@@ -25,7 +25,7 @@ class Run:
         step = SimpleNamespace(key="k" * 40, reused=reused)
         self.plan = SimpleNamespace(pipeline=load_pipeline(text), steps={"deploy_model": step})
         self.store, self.id = Store(root=str(folder)), "digits-1"
-        self.document: dict[str, Any] = {"status": "running"}
+        self.document: dict[str, Any] = {"status": "running", "attempts": [], "overrides": [], "links": {}}
 
     def update(self, **fields: Any) -> None:
         self.document.update(fields)
@@ -66,6 +66,26 @@ def test_a_no_refuses_with_the_comment(tmp_path: Path, asked: list[Approval]) ->
         decide(Run(tmp_path))
 
 
+def test_another_run_of_what_was_refused_asks_again_and_a_schedule_does_not(
+    tmp_path: Path, asked: list[Approval]
+) -> None:
+    asked.append(Approval(decision="refuse"))
+    with pytest.raises(GateRefused):
+        decide(Run(tmp_path))
+    again = Run(tmp_path)
+    again.document["cause"] = "form"
+    with pytest.raises(GateRefused, match="the form or the command asks again"):  # the same run: it was answered
+        decide(again)
+    nightly, other = Run(tmp_path), Run(tmp_path)
+    nightly.id, nightly.document["cause"] = "digits-2", "schedule"
+    with pytest.raises(GateRefused):
+        decide(nightly)
+    asked.append(Approval(decision="deploy"))
+    other.id, other.document["cause"] = "digits-3", "form"
+    decide(other)
+    assert other.document["approval"]["decision"] == "deploy" and asked == []
+
+
 def test_an_old_yes_does_not_replace_what_is_newer(tmp_path: Path, asked: list[Approval]) -> None:
     asked.append(Approval(decision="deploy"))
     run = Run(tmp_path)
@@ -79,6 +99,11 @@ def test_only_the_two_answers_count() -> None:
         Approval(decision="perhaps")  # type: ignore[arg-type]
 
 
+def test_an_answer_without_a_decision_is_none() -> None:
+    with pytest.raises(ValueError, match="decision"):
+        Approval()  # type: ignore[call-arg]
+
+
 def test_the_question_says_what_a_person_needs(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.document |= {"metrics": {"accuracy": 0.99154, "loss": 0.04}, "git_sha": "56aa416" + "0" * 33}
@@ -89,3 +114,15 @@ def test_the_question_says_what_a_person_needs(tmp_path: Path) -> None:
     assert "- accuracy 0.991549 >= 0.95" in asked and "- in service now: nothing yet" in asked
     run.store.write("endpoints/digits", {"serving": {"version": "5"}})
     assert "- in service now: version 5" in approval.question(run, model)  # type: ignore[arg-type]
+
+
+def test_the_question_says_what_this_run_has_otherwise_and_links_what_a_browser_reaches(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    ended = {"cause": "spot", "steps_lost": 3}, {"cause": "complete", "steps_lost": 0}
+    run.document |= {"metrics": {}, "git_sha": "5" * 40, "overrides": ["train.seed=9"], "attempts": list(ended)}
+    run.document["links"]["model"] = "https://mlflow.example/6"
+    model: Any = SimpleNamespace(version="6", model_url="http://mlflow.reprise-services:5000/6", decision={})
+    asked = approval.question(run, model)  # type: ignore[arg-type]
+    assert "- changed for this run: train.seed=9" in asked
+    assert "- trained in 2 attempts, 1 interruption, 3 steps lost" in asked
+    assert asked.endswith("[The version in MLflow](https://mlflow.example/6)")

@@ -41,7 +41,7 @@ def made(folder: Path, more: str = "", pipeline: str = "") -> dict[str, Any]:
 def test_prefect_reads_it(tmp_path: Path) -> None:
     body = made(tmp_path, pipeline='[schedule]\ncron = "0 3 * * *"\noverlap = "skip"\n')
     read = DeploymentCreate.model_validate({"flow_id": "00000000-0000-0000-0000-000000000000", **body})
-    assert read.parameters == {"pipeline": "models/digits/pipeline.toml", "place": "cluster"}
+    assert read.parameters == {"pipeline": "models/digits/pipeline.toml", "place": "cluster", "rev": "HEAD"}
     assert read.concurrency_limit == 1 and body["concurrency_options"] == {"collision_strategy": "CANCEL_NEW"}
     fields = body["parameter_openapi_schema"]["properties"]
     assert fields["pipeline"]["enum"] == ["models/digits/pipeline.toml"]

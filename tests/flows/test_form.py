@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from flows.form import TrainingForm, form, overrides_of
+from flows.form import TrainingForm, defaults_of, form, overrides_of
 from flows.settings import PipelineSettings, load_pipeline
 from tests.flows.test_settings import GOOD
 
@@ -71,6 +71,33 @@ def test_what_is_changed_becomes_an_override(pipeline: PipelineSettings) -> None
     assert (other.epochs, other.params["rate"], other.params["name"]) == (5, 0.1, 'say "hi"')
 
 
+def test_what_is_left_as_it_stands_is_as_at_the_revision(schema: dict[str, Any], pipeline: PipelineSettings) -> None:
+    """Prefect's page sends every field. The form was made of one file, the run is of another revision's."""
+    shown = defaults_of(schema)
+    assert shown["epochs"] == 3 and shown["params"]["rate"] == 0.003
+    left = {**shown, "params": dict(shown["params"])}
+    there = load_pipeline(TEXT.replace("epochs = 3", "epochs = 20").replace("width = 16\n", "depth = 5\n"))
+    assert overrides_of(TrainingForm(**left), there) != [], "the case that is meant: what stands there is another value"
+    assert overrides_of(TrainingForm(**left), there, shown=shown) == []
+    left["params"]["rate"] = 0.1
+    assert overrides_of(
+        TrainingForm(
+            **left,
+        ),
+        there,
+        shown=shown,
+    ) == ["train.params.rate=0.1"]
+    assert overrides_of(TrainingForm(**{**left, "epochs": 4}), there, shown=shown)[0] == "train.epochs=4"
+
+
+def test_a_form_that_shows_nothing_by_itself() -> None:
+    """Registered by stock `prefect deploy`: made of the flow's signature."""
+    assert defaults_of({}) == {"params": {}}
+    assert defaults_of({"definitions": {"TrainingForm": {"properties": {"epochs": {"default": None}}}}}) == {
+        "params": {}
+    }
+
+
 @pytest.mark.parametrize(
     "answers",
     [
@@ -86,6 +113,9 @@ def test_what_is_changed_becomes_an_override(pipeline: PipelineSettings) -> None
         {"rev": ""},
         {"nothing": 1},
         {"overrides": ["epochs"]},
+        {"overrides": ["pipeline.name=other"]},
+        {"overrides": ["schedule.cron=* * * * *"]},
+        {"overrides": ["gate.metric=" + "x" * 2000]},
         {"cause": "boredom"},
         {"place": "moon"},
         {"pipeline": "/etc/passwd"},

@@ -42,16 +42,11 @@ def test_the_bar_of_a_training_that_is_done_ends_at_its_last_step(
 ) -> None:
     drawn: list[tuple[float, str]] = []
 
-    async def create(*, progress: float, key: str, description: str) -> str:
-        drawn.append((progress, description))
-        return "bar"
+    async def show(run: Any, name: str, kind: str, data: float, description: str) -> None:
+        assert (name, kind) == ("training", "progress")
+        drawn.append((data, description))
 
-    async def update(bar: str, *, progress: float, description: str) -> None:
-        assert bar == "bar"
-        drawn.append((progress, description))
-
-    monkeypatch.setattr(training_progress, "acreate_progress_artifact", create)
-    monkeypatch.setattr(training_progress, "aupdate_progress_artifact", update)
+    monkeypatch.setattr(training_progress, "show", show)
     monkeypatch.setattr(training_progress, "SECONDS", 0.01)
     row = {"status": "running"}
     run: Any = SimpleNamespace(
@@ -69,5 +64,6 @@ def test_the_bar_of_a_training_that_is_done_ends_at_its_last_step(
             row["status"] = "done"
 
     asyncio.run(train())
-    assert drawn[0] == (100.0 * 8 / 9, "step 8 of 9, epoch 1, loss 0.5")
-    assert drawn[-1] == (100.0, "step 9 of 9, epoch 1, loss 0.5")
+    # The file counts epochs from 0, people and the trainer's log from 1.
+    assert drawn[0] == (100.0 * 8 / 9, "step 8 of 9, epoch 2, loss 0.5")
+    assert drawn[-1] == (100.0, "step 9 of 9, epoch 2, loss 0.5")

@@ -40,7 +40,8 @@ def test_prefect_reads_it(tmp_path: Path, place: PlaceSettings) -> None:
     assert made.concurrency_limit == 1
     (schedule,) = made.schedules or []
     assert schedule.active and schedule.parameters == {"rev": "origin/main", "cause": "schedule"}
-    assert made.parameters == {"pipeline": str(tmp_path / "pipeline.toml"), "place": "laptop"}
+    # A Quick run has these and not the form's defaults: the same revision.
+    assert made.parameters == {"pipeline": str(tmp_path / "pipeline.toml"), "place": "laptop", "rev": "origin/main"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,20 @@ def test_schedule_pause_and_overlap(
     made = deployment(pipeline(tmp_path, more), place)
     assert [s["active"] for s in made["schedules"]] == schedules
     assert made["concurrency_options"] == {"collision_strategy": strategy}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("", "on demand, at `HEAD`"),
+        (SCHEDULE, "at `origin/main`"),
+        ("[deploy]\napproval = true\n", "if the gate accepts it and a person approves."),
+    ],
+)
+def test_the_description_says_when_and_what_it_takes(
+    tmp_path: Path, place: PlaceSettings, more: str, said: str
+) -> None:
+    assert said in deployment(pipeline(tmp_path, more), place)["description"]
 
 
 def test_the_flow_takes_every_parameter_of_the_form(tmp_path: Path, place: PlaceSettings) -> None:

@@ -15,6 +15,7 @@ import json
 import sys
 import time
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ class Ui:
         return found
 
     def newest(self, deployment: str) -> dict[str, Any]:
-        body = {"sort": "EXPECTED_START_TIME_DESC", "limit": 1, "deployments": {"id": {"any_": [deployment]}}}
+        """The last that somebody started; those that a schedule has in store are none."""
+        started = {"expected_start_time": {"before_": datetime.now(UTC).isoformat()}}
+        wanted = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": started}
+        body = {**wanted, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
         found: list[dict[str, Any]] = self.api("/flow_runs/filter", body)
         return found[0] if found else {"id": ""}
 
