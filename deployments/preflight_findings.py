@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from deployments.kube_quantity import milli
@@ -94,7 +94,6 @@ class Case:
     autoscaler: str = "look"  # as ClusterPlace.autoscaler
     save_seconds: float | None = None  # of a checkpoint, as earlier attempts measured it
     trains: bool = True  # whether a training is among the workloads that are looked at together
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_namespace(self) -> bool:

@@ -55,8 +55,6 @@ class Answer:
 class ModelServer(Protocol):
     """A server that holds versions of models and sends unpinned requests to the default one."""
 
-    splits_traffic: bool  # whether a share of real traffic can go to a version that is not the default
-
     def register(self, model: str, mar: str, *, workers: int, batch: tuple[int, int] | None = None) -> None:
         """Begin to load a .mar of the store; returns at once. `batch`: another (size, delay in ms) than the .mar's.
 
@@ -78,8 +76,6 @@ class ModelServer(Protocol):
 
 class TorchServe:
     """TorchServe 0.12 over HTTP. Tokens are needed only where its authorization is on."""
-
-    splits_traffic = False
 
     def __init__(
         self, management_url: str, inference_url: str, *, management_token: str = "", inference_token: str = ""

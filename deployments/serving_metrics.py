@@ -2,7 +2,7 @@
 
 TorchServe 0.12 exposes three cumulative counters per model (no histogram, so no percentile): requests, and microseconds
 spent in total and in the queue. Their `model_version` is "default" unless the URL names one. A request counts into the
-latency counters when it is answered, so a wedged worker does not raise them: `STALLED` is what notices that.
+latency counters when it is answered, so a wedged worker does not raise them: `stalled` is what notices that.
 Not covered: who scrapes (Prometheus), who scales (KEDA, with `queue_wait_microseconds` as its query).
 """
 
@@ -24,12 +24,3 @@ def stalled(model: str, window: str = "2m") -> str:
     """PromQL: 1 if requests come in and nothing is answered, else nothing. The alert beside the autoscaler."""
     asked = f'sum(rate({REQUESTS}{{model_name="{model}"}}[{window}]))'
     return f"({asked} > 0) and on() (sum(rate({ANSWERED}[{window}])) or vector(0)) == 0"
-
-
-def scrape_config(targets: list[str], interval: str = "15s") -> str:
-    """prometheus.yml for metrics addresses (host:port)."""
-    listed = ", ".join(f'"{target}"' for target in targets)
-    return (
-        f"global: {{scrape_interval: {interval}}}\nscrape_configs:\n  - job_name: torchserve\n"
-        f"    metrics_path: /metrics\n    static_configs: [{{targets: [{listed}]}}]\n"
-    )

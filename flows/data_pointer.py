@@ -37,11 +37,6 @@ class DataPointer:
     remote: str  # name
     remote_url: str
 
-    @property
-    def is_folder(self) -> bool:
-        """Whether the output is a folder of files."""
-        return self.digest.endswith(".dir")
-
 
 @dataclass(frozen=True)
 class _Out:

@@ -20,8 +20,6 @@ from deployments.errors import GiveUp
 from tasks.records import Store
 
 HISTORY = 200  # entries kept
-PHASES = ("begun", "registering", "proving", "switching", "soaking", "aliasing", "committed", "undoing")
-ROLLING_PHASES = ("begun", "applying", "rolling", "proving", "soaking", "aliasing", "committed", "undoing")
 
 
 @dataclass(frozen=True, kw_only=True)

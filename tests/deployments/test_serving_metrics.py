@@ -16,20 +16,19 @@ import pytest
 
 from deployments.errors import TryAgain
 from deployments.serving import call
-from deployments.serving_metrics import LATENCY, QUEUE, REQUESTS, queue_wait_microseconds, scrape_config, stalled
+from deployments.serving_metrics import LATENCY, QUEUE, REQUESTS, queue_wait_microseconds, stalled
 from tests.tasks.serving_kit import MODULE, make_toy, package, torchserve, wait_for
 
 PORT, PROMETHEUS = 18140, 18149
 SLOW = MODULE.replace("shares = ", "import time; time.sleep(0.02)\n    shares = ")
 
 
-def test_the_queries_and_the_configuration() -> None:
+def test_the_queries() -> None:
     assert queue_wait_microseconds("digits") == (
         '(sum(rate(ts_queue_latency_microseconds{model_name="digits"}[2m])) or vector(0)) / '
         'clamp_min(sum(rate(ts_inference_requests_total{model_name="digits"}[2m])) or vector(0), 0.001)'
     )
     assert "Requests2XX[1m]" in stalled("digits", "1m")
-    assert scrape_config(["a:1", "b:2"]).endswith('    static_configs: [{targets: ["a:1", "b:2"]}]\n')
 
 
 @contextmanager
@@ -38,7 +37,10 @@ def prometheus(folder: Path, target: str) -> Iterator[Callable[[str], float | No
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("no prometheus on PATH; Debian: apt-get install prometheus")
-    (folder / "prometheus.yml").write_text(scrape_config([target], "1s"))
+    (folder / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s}\nscrape_configs:\n  - job_name: torchserve\n"
+        f'    metrics_path: /metrics\n    static_configs: [{{targets: ["{target}"]}}]\n'
+    )
     argv = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     argv += [f"--web.listen-address=127.0.0.1:{PROMETHEUS}"]
     url = f"http://127.0.0.1:{PROMETHEUS}"

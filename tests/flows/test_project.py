@@ -171,10 +171,10 @@ def test_project_below_the_root(tmp_path: Path) -> None:
 
 def test_pointer_is_what_dvc_says(project: Project, sha: str) -> None:
     pointer = project.data_pointer(sha, "data/d")
-    assert (pointer.nfiles, pointer.is_folder, pointer.pointer_file) == (12, True, "data/d.dvc")
+    assert (pointer.nfiles, pointer.digest[32:], pointer.pointer_file) == (12, ".dir", "data/d.dvc")
     assert pointer.size == sum(p.stat().st_size for p in (project.root / "data" / "d").rglob("*.txt"))
     one = project.data_pointer(sha, "data/one.csv")
-    assert (one.is_folder, one.nfiles, len(one.digest)) == (False, 1, 32)
+    assert (one.nfiles, len(one.digest)) == (1, 32)
     from dvc.repo import Repo
 
     with Repo(str(project.root)) as repo:

@@ -64,8 +64,7 @@ def test_from_a_file_and_from_a_revision(tmp_path: Path) -> None:
     assert load_pipeline(GOOD, source_name="pipeline.toml@3f2a9c1", file=file) == load_pipeline(file)
 
 
-LINE = 12  # of what is added to GOOD
-MISTAKES = {
+MISTAKES = {  # what is added to GOOD begins in line 12
     "unknown key": ("epoch = 4", r'p.toml:12: \[train\] epoch = 4: unknown key; did you mean "epochs"\?; expected one'),
     "key of another section": ("minimum = 1.0", r"\[train\] minimum = 1.0: unknown key; it belongs in \[gate\]"),
     "unknown section": ("[chek]", r'p.toml:12: \[chek\]: unknown section; did you mean "check"\?'),

@@ -41,7 +41,7 @@ def request_for(root: Path, path: str = "data/d", sha: str = "", folder: Path | 
     project, state = Project(root), (folder or root) / ".reprise"
     sha = sha or project.resolve("HEAD")
     pointer = project.data_pointer(sha, path)
-    splits = ("train", "heldout") if pointer.is_folder else (Path(path).name, Path(path).name)
+    splits = ("train", "heldout") if pointer.digest.endswith(".dir") else (Path(path).name, Path(path).name)
     return PullRequest(
         repo=str(root),
         sha=sha,

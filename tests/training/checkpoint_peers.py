@@ -1,7 +1,7 @@
 """The ways to save a checkpoint that bench_checkpoint compares, behind one interface; missing peers are named.
 
 Each is used as its own documentation shows for one process on a CPU: what stops the loop is `save` and
-`before_update`, what makes the bytes safe is over when `drain` returns. `fsyncs` says whether they are safe then.
+`before_update`, what makes the bytes safe is over when `drain` returns.
 Not covered: loading, several ranks, GPUs (gpu_checkpoint.py).
 """
 
@@ -28,7 +28,6 @@ class Way:
     """One way to save; `folder` is its own. Subclasses override what they do differently."""
 
     name = ""
-    fsyncs = True
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         self.model, self.optimizer, self.folder = model, optimizer, folder
@@ -91,7 +90,6 @@ class RepriseBlocking(Reprise):
 
 class TorchSave(Way):
     name = "torch.save"
-    fsyncs = False
 
     def save(self, step: int) -> None:
         torch.save(self.state(), self.path(step))
@@ -158,7 +156,6 @@ class DcpAsyncStaging(DcpAsync):
 
 class Lightning(Way):
     name = "Lightning TorchCheckpointIO"
-    fsyncs = False
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         super().__init__(model, optimizer, folder)
@@ -175,7 +172,6 @@ class Lightning(Way):
 
 class Accelerate(Way):
     name = "Accelerate save_state"
-    fsyncs = False
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         super().__init__(model, optimizer, folder)
@@ -193,7 +189,6 @@ class TorchCheckpointing(Way):
     default, writes unaligned blocks, which ext4 refuses (EINVAL), so it is off."""
 
     name = "torch_checkpointing"
-    fsyncs = False
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         super().__init__(model, optimizer, folder)
