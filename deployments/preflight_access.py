@@ -1,7 +1,7 @@
 """The preflight's questions to the API server itself: version, clock, definitions, the operator, rights.
 
 `RIGHTS` is the one list of what Reprise asks of the API; a Role is printed from it. Pure.
-Not covered: what pods may do (none of them gets a token).
+Not covered: what pods may do (deployments/k8s/base/accounts.yaml).
 """
 
 from __future__ import annotations

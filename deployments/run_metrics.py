@@ -220,7 +220,10 @@ def _price(value: str) -> tuple[str, float]:
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser(description="Steps, interruptions and lost steps of trainings, for Prometheus.")
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments.run_metrics",
+        description="Steps, interruptions and lost steps of trainings, for Prometheus.",
+    )
     parser.add_argument("--store", type=Path, required=True, help="the store's folder")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9401)

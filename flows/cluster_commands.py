@@ -3,7 +3,7 @@
     reprise preflight --save cluster.json        # where the cluster is reachable
     reprise preflight --snapshot cluster.json    # anywhere
 
-Not covered: running on a cluster (flows.place_settings says what works), parsing the command line (flows.__main__).
+Not covered: running on a cluster (flows.submit), parsing the command line (flows.__main__).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A pipeline registered with a cluster's Prefect: the deployment `retrain/<pipeline>` of its Kubernetes work pool.
 
-    register_on_cluster(pipeline, settings, git="https://git.example.com/team/digits.git")
-    render_for_cluster(pipeline, settings, git=...)     # the same as a prefect.yaml for stock `prefect deploy`
+    register_on_cluster(prefect, pipeline, settings, git="https://git.example.com/team/digits.git")
+    reprise deploy --place cluster --render      # the same as a prefect.yaml for stock `prefect deploy`
 
 The pod of a flow knows of the user's machine only what stands here: the text of cluster.toml and the git URL, as
 environment, and parameters. Everything else comes out of the image and the project's commit; Prefect pulls no code.

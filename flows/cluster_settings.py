@@ -3,7 +3,7 @@
     cluster = load_cluster("cluster", folder)       # deployments/cluster.toml, or folder/cluster.toml
     cluster.cluster_place()                         # deployments.cluster_place.ClusterPlace
 
-Read by `reprise preflight`, `render`, `gpu` and `doctor`; nothing is asked of the cluster here.
+Read by every command with `--place cluster` and by the flow's pod; nothing is asked of the cluster here.
 Not covered: which file a name means (flows.place_settings), what lives long in the cluster (deployments/k8s).
 """
 

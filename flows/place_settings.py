@@ -104,7 +104,7 @@ def load_place(place: Path | str, folder: Path) -> PlaceSettings:
     """Check the settings of a laptop: its name ("laptop": `folder`/laptop.toml, else the shipped one) or a file.
 
     `folder` is the project folder: a relative `state` is below it. Raises ConfigError with all mistakes, a line each,
-    and for a cluster, on which no command of a laptop works yet.
+    and for a cluster, with what works there.
     """
     path, read = read_place(place, folder)
     if kind_of(read) == "cluster":

@@ -3,7 +3,8 @@
     show_preflight(place, planned_workloads(...), snapshot=None, save=None, as_json=False)
 
 A live cluster is looked at, or a snapshot that somebody took (`--snapshot FILE`, written by `--save FILE`). One FAIL
-ends with exit code 3. Not covered: the judgement (deployments.preflight), reading cluster.toml (flows.place_settings).
+ends with exit code 3. Not covered: the judgement (deployments.preflight), reading cluster.toml
+(flows.cluster_settings).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A run on the terminal while it happens: a line per step, and on a terminal one moving line of progress.
 
 Events come from flows.run; lines of a step's log that carry progress (steps of training, files pulled) move the line,
-the others stay in the log. Not covered: tables after the fact (flows.runs).
+the others stay in the log. Not covered: tables after the fact (flows.inspect_runs).
 """
 
 from __future__ import annotations

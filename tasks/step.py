@@ -118,7 +118,7 @@ def _tell_kubelet(document: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:
-        sys.exit("usage: python -m tasks.step NAME request.json result.json")
+        sys.exit(f"usage: python -m tasks.step NAME request.json result.json\nNAME: {', '.join(STEPS)}")
     code = run_step(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
     sys.stdout.flush()
     sys.stderr.flush()

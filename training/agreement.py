@@ -1,7 +1,7 @@
 """Ranks that save or load one checkpoint together say to each other how it went.
 
 One kind of collective only, so that ranks at different places of the protocol find out instead of hanging.
-Not covered: agreeing on when to save (training/interruption.py).
+Not covered: agreeing on when to save (training/reduction.py).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ ranks. `load` takes the newest checkpoint whose every byte is verified; damaged 
 
     python -m training.checkpoint URL [--json] [--no-hash]     list and verify the checkpoints at URL
 
-Not covered: when to save (training/interruption.py, the loop), and what a resharded rank does with other ranks'
+Not covered: when to save (training/cadence.py, training/saving.py), and what a resharded rank does with other ranks'
 random states: `CheckpointInfo.per_rank` gives them all.
 """
 
