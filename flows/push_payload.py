@@ -77,10 +77,10 @@ def read_push(raw: bytes, source: str) -> tuple[Push | None, str]:
             raise Refused(400, "before or after has 64 hex digits; a repository of SHA-256 objects is not supported")
         if not isinstance(sha, str) or not _SHA.fullmatch(sha):
             raise Refused(400, f"before or after is {str(sha)[:60]!r}; expected 40 hex digits")
-    if not ref.startswith("refs/heads/"):
-        return None, f"{ref[:120]!r} is no branch"
     if not isinstance(payload.get("deleted", False), bool):
         raise Refused(400, "deleted is neither true nor false")
+    if not ref.startswith("refs/heads/"):
+        return None, f"{ref[:120]!r} is no branch"
     if after == ZERO or payload.get("deleted"):
         return None, "the branch was deleted"
     pusher = payload.get("user_username") or payload.get("pusher")

@@ -153,6 +153,8 @@ MALFORMED = {
     "repository is text": json.dumps({"ref": "refs/heads/main", "before": A, "after": B, "repository": "x"}).encode(),
     "short sha": payload(A, "b" * 39),
     "upper-case sha": payload(A, "B" * 40),
+    "deleted is text": payload(A, B, deleted="no"),
+    "deleted is text, of no branch": payload(A, B, ref="refs/tags/v1", deleted="no"),
     "SHA-256 objects": payload("a" * 64, "b" * 64),
     "a number of 9,000 digits": b'{"x": ' + b"9" * 9_000 + b"}",
     "option as sha": payload(A, "--upload-pack=touch /tmp/x".ljust(40, "x")),
