@@ -32,11 +32,12 @@ from training.spec import EXIT_BAD_SPEC, TrainSpec, read_spec
 BATCH = 256
 
 
-def evaluate(spec: TrainSpec, user: UserModule, model: torch.nn.Module, output: Path) -> dict[str, float]:
+def evaluate(spec: TrainSpec, user: UserModule, model: torch.nn.Module, output: Path | None) -> dict[str, float]:
     """Loss and the user's metrics over the whole held-out split, and the model's answers to held-out requests.
 
     Writes metrics.json ({"loss", ..., "samples"}) and heldout.jsonl (one {"name", "body_b64", "label", "answer"} a
-    line, at most spec.samples) into `output`. The model is left in evaluation mode.
+    line, at most spec.samples) into `output`; without one nothing, for the other workers of a sharded model, which
+    takes all of them at every batch. The model is left in evaluation mode.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -55,8 +56,11 @@ def evaluate(spec: TrainSpec, user: UserModule, model: torch.nn.Module, output: 
             targets.append(target.cpu())
     figures = user.metrics(torch.cat(outputs), torch.cat(targets))
     metrics = {"loss": total / count, **{k: float(v) for k, v in figures.items()}, "samples": float(count)}
+    answers = "".join(_answers(spec, user, model, device))
+    if output is None:
+        return metrics
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / "heldout.jsonl", "".join(_answers(spec, user, model, device)).encode())
+    write_atomically(output / "heldout.jsonl", answers.encode())
     document = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}  # JSON has no NaN
     document["samples"] = count
     write_atomically(output / "metrics.json", json.dumps(document, indent=1, sort_keys=True).encode())

@@ -23,21 +23,23 @@ from training.spec import TrainResult
 
 
 def finish(training: Training) -> None:
-    """Export the weights, evaluate, and write result.json last. Interrupted here, the next attempt does it again."""
+    """Export the weights, evaluate, and write result.json last. Interrupted here, the next attempt does it again.
+
+    Collective: a sharded model is evaluated by all workers together, where it lies; another one by rank 0.
+    """
     training.interruption.leave_at_once()
     spec, output = training.spec, Path(training.spec.output)
     order = hashlib.sha256("".join(gather_orders(training)).encode()).hexdigest()
     optimizer = optimizer_digest(training.optimizer)
-    weights_of = {name: whole(value) for name, value in training.model.state_dict().items()}
     if training.workers.rank != 0:
+        if training.sharded:
+            gather_weights(training)
+            evaluate(spec, training.user, training.model, None)
+        training.workers.wait_for_all()
         return
-    model = training.model
-    if training.sharded:
-        model = training.user.build_model(spec.params)
-        model.load_state_dict(weights_of)
     output.mkdir(parents=True, exist_ok=True)
-    digest = export(model, output / "model.safetensors")
-    metrics = evaluate(spec, training.user, model, output)
+    digest = export(gather_weights(training) if training.sharded else training.model, output / "model.safetensors")
+    metrics = evaluate(spec, training.user, training.model, output)
     result = TrainResult(
         key=spec.key,
         step=training.step,
@@ -48,7 +50,7 @@ def finish(training: Training) -> None:
         weights=str(output / "model.safetensors"),
         weights_sha256=digest,
         heldout=str(output / "heldout.jsonl"),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in training.model.parameters()),
         seconds=training.seconds + (time.monotonic() - training.since if training.since else 0.0),
         optimizer_sha256=optimizer,
         order_sha256=order,
@@ -58,6 +60,22 @@ def finish(training: Training) -> None:
     if training.metrics is not None:
         training.metrics.log(training.step, {f"heldout_{name}": value for name, value in metrics.items()})
     training.progress.event("complete", step=training.step)
+    training.workers.wait_for_all()
+
+
+def gather_weights(training: Training) -> torch.nn.Module:
+    """A sharded model whole, in rank 0's host memory; one tensor at a time is whole on the devices. Collective."""
+    keeps = training.workers.rank == 0
+    kept: dict[str, torch.Tensor] = {}
+    for name, value in training.model.state_dict().items():
+        tensor = whole(value)
+        if keeps:
+            kept[name] = tensor.cpu()
+    if not keeps:
+        return training.model
+    model = training.user.build_model(training.spec.params)
+    model.load_state_dict(kept)
+    return model
 
 
 def export(model: torch.nn.Module, path: Path) -> str:

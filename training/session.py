@@ -87,9 +87,11 @@ def set_up(
     """Build all parts and read the newest good checkpoint into them. Raises BadSpec, BadModule, NoGoodCheckpoint."""
     user = load_module(spec.module)
     seed_everything(derive(spec.seed, "model"))
-    model = user.build_model(spec.params).to(workers.device)
+    model = user.build_model(spec.params)
     if sharded := spec.parallel == "fsdp" and workers.world > 1:
-        shard_model(model)
+        shard_model(model)  # block by block onto the device, which the whole may not fit
+    else:
+        model.to(workers.device)
     optimizer = user.build_optimizer(model, spec.params)
     data = user.load_split(Path(spec.data), spec.train_split, spec.params)
     sampler = make_sampler(spec, len(data), spec.shards or workers.world)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from training.light_start import use_light_optimizers
 from training.spec import TrainSpec
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that hangs; one that died is noticed at once
+PATIENCE = datetime.timedelta(days=7)  # for rank 0's evaluation at the end; whatever ends it ends the others too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,11 @@ class Workers:
     world: int
     device: torch.device
     group: Any = None  # a gloo group of its own for checkpoints, whose collectives run beside the loop's
+
+    def wait_for_all(self) -> None:
+        """Until every worker is here, however long rank 0 evaluates: leaving NCCL's group waits with a limit."""
+        if self.world > 1:
+            dist.monitored_barrier(group=self.group, timeout=PATIENCE)
 
 
 @contextlib.contextmanager

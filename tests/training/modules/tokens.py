@@ -49,8 +49,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        answer: torch.Tensor = self.head(x[:, -1]).float()[:, :4]
-        return answer
+        answer: torch.Tensor = self.head(x[:, -1]).float()
+        return answer[:, :4].clone()  # FSDP wants no view
 
 
 def build_model(params: dict[str, Any]) -> nn.Module:
