@@ -115,4 +115,6 @@ def test_an_unknown_step_names_the_known_ones(tmp_path: Path) -> None:
 def test_the_program_says_how_it_is_called() -> None:
     done = subprocess.run([sys.executable, "-m", "tasks.step"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "usage: python -m tasks.step NAME request.json result.json\n"
+    usage, names = done.stderr.splitlines()
+    assert usage == "usage: python -m tasks.step NAME request.json result.json"
+    assert names.startswith("NAME: pull_data, ") and names.endswith(", audit_endpoint")
