@@ -20,6 +20,7 @@ from deployments.errors import GateRefused
 from flows.publish import told_so_far
 from flows.result_page import headline, numbers, training_words
 from flows.run import Run
+from flows.unanswered import remember_waiting
 from tasks.register_model import RegisteredModel
 
 
@@ -68,6 +69,7 @@ async def _ask(run: Run, model: RegisteredModel, key: str, seconds: int) -> Appr
     where = run.document["links"].get("prefect", run.urls["prefect"])
     run.update(status="waiting", message=f"version {model.version} waits for approval: {where}")
     run.event("line", step="deploy_model", line=f"deploy_model: waits for approval of version {model.version}: {where}")
+    remember_waiting(run)
     await told_so_far(run)
     get_run_logger().info(headline(run.document))
     asked = Approval.with_initial_data(description=question(run, model))

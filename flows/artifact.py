@@ -26,10 +26,13 @@ async def show(run: Run, name: str, kind: Kind, data: str | float, description: 
 
 def show_now(run: Run, name: str, kind: Kind, data: str | float, description: str, *, timeout: float = 10.0) -> None:
     """The same for whoever cannot await; `timeout` in seconds for each of two requests."""
-    flow_run = run.document["links"].get("prefect_flow_run")
-    if not flow_run:
-        return
-    prefect, key = Prefect(url=run.urls["prefect"], timeout=timeout), f"{run.plan.pipeline.name}-{name}"
+    if flow_run := run.document["links"].get("prefect_flow_run"):
+        key = f"{run.plan.pipeline.name}-{name}"
+        put(Prefect(url=run.urls["prefect"], timeout=timeout), flow_run, key, kind, data, description)
+
+
+def put(prefect: Prefect, flow_run: str, key: str, kind: Kind, data: str | float, description: str) -> None:
+    """The artifact `key` of a flow run, made or renewed; what a server does not take is told in this process's log."""
     shown: dict[str, Any] = {"data": data, "description": description}
     try:
         mine = {"flow_run_id": {"any_": [flow_run]}, "key": {"any_": [key]}}

@@ -51,6 +51,7 @@ async def published(run: Run) -> AsyncIterator[None]:
             yield
     except asyncio.CancelledError:
         _stopped(run)
+        get_run_logger().info(run.document["message"])
         show_now(run, *_result(run), timeout=2.0)
         raise
     except Exception as error:

@@ -23,23 +23,22 @@ def headline(document: dict[str, Any]) -> str:
     return {
         "succeeded": f"{name} version {version} is in service",
         "unchanged": f"{name}: every step is reused, version {version} stays in service",
-        "waiting": f"{name} version {version} waits for a person: Resume, at the top of the page, asks for it",
+        "waiting": f"{name} version {version} waits for a decision: press Resume",
         "refused": f"{name}: refused, what was in service before stays there",
         "running": f"{name}: the run goes on",
     }.get(document["status"], f"{name}: {document['status']}")
 
 
 def result_markdown(document: dict[str, Any]) -> str:
-    """The page: sentence, numbers, the gate's words, links."""
-    lines = [f"**{headline(document)}.**", ""]
-    if document["message"] and document["status"] not in ("waiting", "unchanged"):
-        lines += [document["message"], ""]
+    """The page below its headline: what went wrong, the gate's words, a table of links and numbers."""
+    told = [document["message"]] if document["message"] and document["status"] not in ("waiting", "unchanged") else []
+    told += [f"- {sentence}" for sentence in (document.get("gate") or {}).get("sentences", ())]
     rows = [(LINKS[name], f"[open]({document['links'][name]})") for name in LINKS if document["links"].get(name)]
     if endpoint := document["endpoint"]:
         rows.append(("Endpoint", f"`curl -T FILE {endpoint}`"))
     rows += [(name, value) for name, value in _facts(document) if value]
     cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows]
-    return "\n".join([*lines, "| | |", "|---|---|", *cells])
+    return "\n".join([*told, "", f"| {document['run']} | {document['status']} |", "|---|---|", *cells])
 
 
 def training_words(document: dict[str, Any]) -> str:
@@ -66,7 +65,6 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     said = f": {' '.join(decided['comment'].split())}" if decided.get("comment") else ""
     return [
         ("Held-out data", numbers(document["metrics"])),
-        ("Gate", "; ".join((document.get("gate") or {}).get("sentences", ()))),
         ("Decided by a person", f"{decided['decision']}{said}" if decided else ""),
         (
             "Endpoint checked",
@@ -75,6 +73,6 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
             else "",
         ),
         ("Training", training_words(document) if document["attempts"] else ""),
-        ("Run", f"`{document['run']}`, commit `{document['git_sha'][:12]}`, cause {document['cause']}"),
+        ("Commit, cause", f"`{document['git_sha'][:12]}`, {document['cause']}"),
         ("Changed for this run", ", ".join(f"`{text}`" for text in document["overrides"])),
     ]

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from flows.prefect_api import Prefect
 from flows.prefect_start import flow_lock, run_of
+from flows.unanswered import settle
 from tasks.records import Store
 
 YOUNG_SECONDS = {"RUNNING": 30.0, "PENDING": 120.0, "CANCELLING": 30.0}  # from a state to the lock, on a busy machine
@@ -88,7 +89,7 @@ def sweep(
         if verdict == "leave" or (verdict != "correct" and looked_after(flow_run["id"])):
             continue
         done.append(_act(prefect, store, flow_run, verdict))
-    return done
+    return done + settle(prefect, store)
 
 
 def _look(store: Store, flow_run: dict[str, Any]) -> Sighting:

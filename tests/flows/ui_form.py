@@ -129,7 +129,17 @@ def walk(ui: Ui, pipeline: str, rev: str, seed: int) -> None:
     text = page.inner_text("body")
     expect("the approval asks for a decision", "Decision" in text and "accuracy" in text)
     ui.click("Submit")
+    text = page.inner_text("body")
+    expect("no decision is none", "required" in text and ui.run(flow_run)["state"]["name"] == "Suspended")
+    page.locator(".p-modal .p-select-button").click()
+    page.keyboard.press("ArrowDown")
+    page.locator("[class*=select-option] >> text=/^deploy$/").last.click()
+    ui.click("Submit")
     ui.wait(flow_run, "Completed")
+    message = ui.run(flow_run)["state"]["message"]
+    expect(f"its state says what came of it: {message}", "is in service" in message)
+    keys = [a["key"] for a in ui.api("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})]
+    expect(f"cancelled, retried, approved, it shows each thing once: {sorted(keys)}", len(keys) == len(set(keys)) == 4)
     ui.open(f"/runs/flow-run/{flow_run}", "Completed")
     page.wait_for_timeout(3000)
     ui.picture("completed")
