@@ -26,6 +26,7 @@ from tests.flows.push_kit import SECRET, payload, signed
 from tests.test_cluster_chain import chain, services
 
 __all__ = ["chain", "services"]
+LEARNING_RATE = "learning_rate = 0.003"
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
@@ -113,7 +114,8 @@ def test_a_signed_push_retrains_once_at_exactly_that_commit(triggers: Triggers) 
 
 def test_a_receiver_that_dies_between_receipt_and_hand_over_has_it_in_its_queue(triggers: Triggers) -> None:
     label = {"app.kubernetes.io/name": "push-receiver"}
-    before, after = triggers.change(("batch_size = 8", "batch_size = 4"))  # of [serve]: nothing is trained
+    # Since the last commit that was decided only [serve] differs: nothing is trained.
+    before, after = triggers.change(("batch_size = 8", "batch_size = 4"), ("learning_rate = 0.002", LEARNING_RATE))
     (pod,) = triggers.pods(SERVICES, **label)
     assert triggers.deliver(payload(before, after)) == (202, "accepted")
     triggers.chain.api.delete(f"/api/v1/namespaces/{SERVICES}/pods/{pod}", grace=0)
@@ -129,10 +131,24 @@ def test_a_receiver_that_dies_between_receipt_and_hand_over_has_it_in_its_queue(
     assert [r["id"] for r in triggers.runs(rev=after)] == [flow_run]
 
 
+def by_the_clock(triggers: Triggers, *states: str) -> list[str]:
+    """Flow runs of the schedule in these states."""
+    return [r["id"] for r in triggers.runs(cause="schedule") if r["state"]["name"] in states]
+
+
+def test_the_clock_retrains_and_a_second_run_follows_the_strategy(triggers: Triggers) -> None:
+    triggers.change(("seed = 7", "seed = 8"), ("epochs = 2", "epochs = 120"))
+    triggers.schedule("* * * * *", overlap="skip")
+    first = until(lambda: "".join(by_the_clock(triggers, "Running")), "the schedule fires", 120)
+    second = until(lambda: "".join(by_the_clock(triggers, "Cancelled")[:1]), "a minute later it is skipped", 120)
+    assert second != first and triggers.state(first)["name"] == "Running" and triggers.jobs_of(second) == []
+    triggers.schedule("* * * * *", overlap="wait", paused=True)
+    assert [r for r in triggers.runs() if r["state"]["type"] == "SCHEDULED"] == [], "paused: nothing is to come"
+
+
 def test_cancelled_it_leaves_a_checkpoint_and_retried_it_goes_on_from_it(triggers: Triggers) -> None:
-    """The states that Prefect's page sets for Cancel and Retry."""
-    versions = len(triggers.chain.versions())
-    flow_run = triggers.start(train={"epochs": 40, "seed": 41})
+    """The run of the clock; the states that Prefect's page sets for Cancel and Retry."""
+    (flow_run,), versions = by_the_clock(triggers, "Running"), len(triggers.chain.versions())
     triggers.trains(flow_run)
     began = time.monotonic()
     assert triggers.prefect.set_state(flow_run, "CANCELLING", "Cancelling", "by test")
@@ -148,36 +164,11 @@ def test_cancelled_it_leaves_a_checkpoint_and_retried_it_goes_on_from_it(trigger
     triggers.reaches(flow_run, "Completed")
     again = triggers.document(flow_run)
     assert (again["run"], again["status"], again["resumed"]) == (document["run"], "succeeded", 1)
+    assert (again["cause"], again["git_sha"]) == ("schedule", document["git_sha"])
     assert [a["cause"] for a in again["attempts"]] == ["cancelled", "complete"]
     assert again["attempts"][1]["from_step"] == attempt["to_step"]
     assert len(triggers.chain.versions()) == versions + 1
-
-
-def test_the_clock_retrains_and_a_second_run_follows_the_strategy(triggers: Triggers) -> None:
-    triggers.change(("seed = 7", "seed = 8"), ("epochs = 2", "epochs = 80"))
-    triggers.schedule("* * * * *", overlap="skip")
-    head = triggers.git("rev-parse", "HEAD")
-
-    def by_the_clock(*states: str) -> list[str]:
-        return [r["id"] for r in triggers.runs(cause="schedule") if r["state"]["name"] in states]
-
-    first = until(lambda: "".join(by_the_clock("Running")), "the schedule fires", 120)
-    second = until(lambda: "".join(by_the_clock("Cancelled")[:1]), "a minute later it is skipped", 120)
-    assert second != first and triggers.state(first)["name"] == "Running"
-    triggers.schedule("* * * * *", overlap="wait", paused=True)
-    third = triggers.start()
-    triggers.reaches(third, "AwaitingConcurrencySlot", seconds=60)
-    assert triggers.state(first)["name"] == "Running" and triggers.jobs_of(third) == []
-    triggers.reaches(first, "Completed")
-    document = triggers.document(first)
-    assert (document["cause"], document["git_sha"]) == ("schedule", head)
-    assert document["status"] == "succeeded" and [a["cause"] for a in document["attempts"]] == ["complete"]
-    assert triggers.chain.versions()[0] == document["model_version"]
-    triggers.reaches(third, "Completed", seconds=120)
-    assert triggers.document(third)["status"] == "unchanged", "it had waited for what the first one made"
-    left = [r for r in triggers.runs() if r["state"]["type"] == "SCHEDULED"]
-    assert left == [], "paused: nothing is to come"
-    triggers.change(("epochs = 80", "epochs = 2"))
+    triggers.change(("epochs = 120", "epochs = 2"))
 
 
 DECISIONS = {"deploy": 101, "refuse": 102}  # and a setting for each, so that each has an archive of its own
@@ -187,6 +178,12 @@ def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
     triggers.change(more="\n[deploy]\napproval = true\n")
     before = triggers.chain.rollouts()
     asked = {d: triggers.start(train={"seed": 90}, overrides=[f"serve.queue={n}"]) for d, n in DECISIONS.items()}
+
+    def one_waits() -> str:  # [schedule] overlap = "wait"
+        names = [triggers.state(flow_run)["name"] for flow_run in asked.values()]
+        return "yes" if names.count("AwaitingConcurrencySlot") == 1 else ""
+
+    until(one_waits, "one at a time")
     for flow_run in asked.values():
         triggers.reaches(flow_run, "Suspended")
         document = triggers.document(flow_run)
