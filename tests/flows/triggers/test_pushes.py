@@ -67,7 +67,7 @@ def test_of_ten_pushes_within_a_minute_the_newest_counts(project: Project, recei
     try:
         for n in range(10):
             before = project.head()
-            project.change("[train.params]\n", f"[train.params]\nten_{way}_{n} = {n}\n", commit=False)
+            project.change("\nwidth = ", f"\nten_{way}_{n} = {n}\nwidth = ", commit=False)
             git(project.work, "commit", "-qam", f"{n} of ten")
             moves.append((before, project.head()))
             done = subprocess.run(
