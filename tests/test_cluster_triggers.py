@@ -69,7 +69,7 @@ def test_the_job_registers_schedule_form_limit_and_watch(triggers: Triggers) -> 
     deployment, schedules, limit, automations = registered(triggers)
     form = deployment["parameter_openapi_schema"]["properties"]
     assert form["pipeline"]["enum"] == ["pipeline.toml"] and form["place"]["enum"] == ["cluster"]
-    assert deployment["parameters"] == {"pipeline": "pipeline.toml", "place": "cluster"}
+    assert deployment["parameters"] == {"pipeline": "pipeline.toml", "place": "cluster", "rev": "HEAD"}
     ((cron, active, parameters),) = schedules
     assert (cron["cron"], cron["timezone"], active) == ("0 3 * * 1-5", "UTC", True)
     assert parameters == {"rev": "HEAD", "cause": "schedule"}
