@@ -151,7 +151,7 @@ def install_automation(prefect: Prefect) -> None:
     ends = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Paused", "AwaitingRetry", "Superseded")
     body = {
         "name": AUTOMATION,
-        "description": f"No heartbeat for {SILENCE_SECONDS} s. `reprise serve`, on a cluster flow-watch, resumes it once.",
+        "description": f"No heartbeat for {SILENCE_SECONDS} s. `reprise serve`, or flow-watch, resumes it once.",
         "enabled": True,
         "trigger": {
             "type": "event",
