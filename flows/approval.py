@@ -8,13 +8,15 @@ has spoken before (tasks.gate), and who may answer (Prefect's own access control
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any, Literal
 
 from prefect import runtime
 from prefect.flow_runs import apause_flow_run, asuspend_flow_run
 from prefect.input import RunInput
 from prefect.logging import get_run_logger
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from deployments.errors import GateRefused
 from flows.publish import told_so_far
@@ -73,9 +75,14 @@ async def _ask(run: Run, model: RegisteredModel, key: str, seconds: int) -> Appr
     await told_so_far(run)
     get_run_logger().info(headline(run.document))
     asked = Approval.with_initial_data(description=question(run, model))
-    if runtime.deployment.id:
-        return await asuspend_flow_run(wait_for_input=asked, timeout=seconds, key=f"deploy-{key[:12]}")
-    return await apause_flow_run(wait_for_input=asked, timeout=seconds, poll_interval=2, key=f"deploy-{key[:12]}")
+    for time in itertools.count():  # by Prefect's count: a pause that ended is over, also where nobody answered it
+        name = f"deploy-{key[:12]}-{time}"
+        # An answer that lacks the decision is none: cancelled or out of time, and retried since.
+        with contextlib.suppress(ValidationError):
+            if runtime.deployment.id:
+                return await asuspend_flow_run(wait_for_input=asked, timeout=seconds, key=name)
+            return await apause_flow_run(wait_for_input=asked, timeout=seconds, poll_interval=2, key=name)
+    raise AssertionError("never: a pause under a new name waits or ends the process")
 
 
 def question(run: Run, model: RegisteredModel) -> str:

@@ -45,8 +45,8 @@ GRACE_SECONDS = 25.0  # Prefect kills a cancelled flow 30 s after it was told
 @asynccontextmanager
 async def published(run: Run) -> AsyncIterator[None]:
     """Show the plan before the steps and the outcome after them, whatever it is."""
-    await _begin(run)
     try:
+        await _begin(run)  # inside: whoever cancels that early is told of it too
         async with training_progress(run):
             yield
     except asyncio.CancelledError:

@@ -41,7 +41,7 @@ def summary(document: Mapping[str, Any]) -> str:
     parts = []
     trained: Mapping[str, Any] = next((s for s in document.get("steps", []) if s["name"] == "train_model"), {})
     cut, early = interruptions(attempts), [a for a in attempts if a.get("cause") not in (*NO_END, None)]
-    if trained.get("reused"):
+    if trained.get("reused") and not _trained_here(document):
         parts.append("Training reused")
     elif early:
         errors = len(early) - len(cut)
@@ -60,6 +60,14 @@ def summary(document: Mapping[str, Any]) -> str:
         if version and status in ("succeeded", "unchanged"):
             parts.append(f"version {version} in service")
     return ", ".join(parts) + "."
+
+
+def _trained_here(document: Mapping[str, Any]) -> bool:
+    """Whether the training is this run's own, reused because the run came again: resumed, or approved by a person."""
+    if not document.get("resumed"):
+        return False
+    ends = [float(a["ended"]) for a in document.get("attempts", []) if a.get("ended")]
+    return bool(ends) and ends[-1] >= float(document["started"])
 
 
 def _bound(gate: Mapping[str, Any]) -> str:

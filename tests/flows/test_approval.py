@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +27,13 @@ class Run:
         self.plan = SimpleNamespace(pipeline=load_pipeline(text), steps={"deploy_model": step})
         self.store, self.id = Store(root=str(folder)), "digits-1"
         self.document: dict[str, Any] = {"status": "running", "attempts": [], "overrides": [], "links": {}}
+        self.urls = {"prefect": "http://p"}
 
     def update(self, **fields: Any) -> None:
         self.document.update(fields)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Nobody watches."""
 
 
 @pytest.fixture
@@ -102,6 +107,31 @@ def test_only_the_two_answers_count() -> None:
 def test_an_answer_without_a_decision_is_none() -> None:
     with pytest.raises(ValueError, match="decision"):
         Approval()  # type: ignore[call-arg]
+
+
+def test_a_pause_that_ended_without_an_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect takes a name that was used for an answered pause, also where the run was cancelled in it: a retry would
+    go on, nobody having said yes."""
+    names: list[str] = []
+
+    async def suspend(*, wait_for_input: Any, timeout: int, key: str) -> Approval:
+        names.append(key)
+        return wait_for_input(**({} if len(names) < 3 else {"decision": "refuse"}))  # type: ignore[no-any-return]
+
+    async def told(run: object) -> None:
+        """Nothing is shown."""
+
+    monkeypatch.setattr(approval, "asuspend_flow_run", suspend)
+    monkeypatch.setattr(approval, "told_so_far", told)
+    monkeypatch.setattr(approval, "remember_waiting", lambda run: None)
+    monkeypatch.setattr(approval, "get_run_logger", lambda: logging.getLogger("approval"))
+    monkeypatch.setattr(approval, "runtime", SimpleNamespace(deployment=SimpleNamespace(id="d1")))
+    run = Run(tmp_path)
+    run.document |= {"pipeline": "digits", "model_version": "3", "git_sha": "5" * 40, "metrics": {}}
+    model: Any = SimpleNamespace(version="3", model_url="http://m/3", decision={})
+    given = asyncio.run(approval._ask(run, model, "k" * 40, 60))  # type: ignore[arg-type]
+    assert given.decision == "refuse"
+    assert names == [f"deploy-{'k' * 12}-{n}" for n in range(3)]
 
 
 def test_the_question_says_what_a_person_needs(tmp_path: Path) -> None:

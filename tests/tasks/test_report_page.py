@@ -35,6 +35,10 @@ from tests.tasks.report_kit import T0, attempt, make_document
             {"status": "unchanged", "steps": [{"name": "train_model", "reused": True}]},
             "Training reused, accuracy 0.9778 ≥ 0.95, version 3 in service.",
         ),
+        (  # it trained, and came again when a person had approved
+            {"resumed": 1, "steps": [{"name": "train_model", "reused": True}]},
+            "Trained through 2 interruptions, 20 steps lost, accuracy 0.9778 ≥ 0.95, version 3 in service.",
+        ),
     ],
 )
 def test_one_sentence(change: dict[str, Any], sentence: str) -> None:

@@ -29,3 +29,27 @@ def test_a_person_approves_or_refuses(project: Project) -> None:
     assert document["approval"]["decision"] == "deploy"
     assert all(s["reused"] for s in document["steps"] if s["name"] in ("train_model", "register_model"))
     project.change('rev = "origin/main"\n\n[deploy]\napproval = true', 'rev = "origin/main"')  # not for who comes after
+
+
+def test_a_run_that_is_cancelled_while_it_waits_asks_again_when_it_is_retried(project: Project) -> None:
+    """Prefect would take the pause for answered: a model that nobody approved would go into service."""
+    project.change('rev = "origin/main"', 'rev = "origin/main"\n\n[deploy]\napproval = true')
+    flow_run = project.start(rev="origin/main", train={"seed": 92})
+    project.wait(flow_run, "Suspended")
+    body = {"run_input": {}}
+    project.prefect.call("POST", f"/flow_runs/{flow_run}/resume", body)
+    assert project.state(flow_run) == "Suspended", "a resume without a decision is none"
+    assert project.prefect.set_state(flow_run, "CANCELLING", "Cancelling", "")
+    until(lambda: project.document(flow_run)["status"] == "cancelled", 30, "the document says so")
+    assert "asks again" in project.document(flow_run)["message"]
+    assert project.prefect.set_state(flow_run, "SCHEDULED", "AwaitingRetry", "", force=True)
+    project.wait(flow_run, "Suspended")
+    assert project.document(flow_run)["status"] == "waiting"
+    project.prefect.call("POST", f"/flow_runs/{flow_run}/resume", {"run_input": {"decision": "deploy"}})
+    project.wait(flow_run, "Completed")
+    document = project.document(flow_run)
+    assert (document["status"], document["approval"]["decision"]) == ("succeeded", "deploy")
+    shown = {"artifacts": {"flow_run_id": {"any_": [flow_run]}}}
+    keys = [a["key"] for a in project.prefect.call("POST", "/artifacts/filter", shown)]
+    assert len(keys) == len(set(keys)), f"each thing once: {keys}"
+    project.change('rev = "origin/main"\n\n[deploy]\napproval = true', 'rev = "origin/main"')
