@@ -16,6 +16,7 @@ from flows.project import Project
 
 FETCH_SECONDS = 120
 SHA = re.compile(r"[0-9a-f]{40}")
+_PASSWORD = re.compile(r"(?<=[/\s'])[^\s@/']*:[^\s@']*@")  # user:password@ in an address
 _NO_BRANCH = "couldn't find remote ref"  # git's words (LC_ALL=C) where the remote is there and the branch is not
 _REMOTE_BRANCH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)/([A-Za-z0-9_][A-Za-z0-9_./-]*)")
 
@@ -74,7 +75,8 @@ def _fetch(project: Project, remote: str, what: str) -> str:
         done = _git(project, "fetch", *options, "--end-of-options", remote, what)
     except subprocess.TimeoutExpired:
         return f"no end after {FETCH_SECONDS} s"
-    return "" if done.returncode == 0 else (done.stderr.strip() or f"exit code {done.returncode}")
+    said = _PASSWORD.sub("", done.stderr.strip())  # it goes to logs, and to the commit's page
+    return "" if done.returncode == 0 else (said or f"exit code {done.returncode}")
 
 
 def _git(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -62,7 +62,7 @@ class Guarded:
     """A pipeline and the secret that its pushes are signed with."""
 
     target: Target
-    key: bytes
+    key: bytes = field(repr=False)
 
 
 def guard(targets: Sequence[Target]) -> list[Guarded]:

@@ -130,7 +130,8 @@ class PushSettings(Section):
     branches: Annotated[
         tuple[Annotated[str, BeforeValidator(_one_branch)], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("main",)
-    secret: SecretReference = "${REPRISE_PUSH_SECRET}"  # "${NAME}" or "file:/run/secrets/push"; at least 32 bytes
+    # "${NAME}" or "file:/run/secrets/push"; at least 32 bytes, or the signing token of GitLab (whsec_...) as it is.
+    secret: SecretReference = "${REPRISE_PUSH_SECRET}"
     remote: str = "origin"  # of the checkout, where pushed commits are fetched from
     settle: Duration = 3.0  # a push waits this long for a newer one
     status: StatusSettings = StatusSettings()

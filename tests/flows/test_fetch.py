@@ -99,3 +99,16 @@ def test_git_in_a_hook_means_our_repository(work: Path, clone: Project, monkeypa
 
 def test_branches(clone: Project) -> None:
     assert set(branches(clone)) == {"main", "origin/main"}
+
+
+def test_a_password_in_the_address_of_the_remote_is_not_told(clone: Project) -> None:
+    """git leaves it out of most of what it says, and not out of all."""
+    for url in (
+        "http://ada:s3cret@127.0.0.1:9/x",
+        "http://ada:s3c/ret@127.0.0.1:9/x",
+        "git://ada:s3cret@127.0.0.1:9/x",
+    ):
+        git(clone.root, "remote", "set-url", "origin", url)
+        with pytest.raises(TryAgain, match=r"cannot be fetched from origin: .*127\.0\.0\.1") as caught:
+            fetch_commit(clone, "1" * 40, remote="origin", branch="main")
+        assert "s3c" not in str(caught.value)

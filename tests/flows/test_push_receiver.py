@@ -411,7 +411,7 @@ def test_it_does_not_start_without_a_secret_worth_the_name(
 def test_a_secret_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(SECRET + b"\n")
     (one,) = guard([target(tmp_path, f'repository = "a/b"\nsecret = "file:{tmp_path}/secret"')])
-    assert one.key == SECRET
+    assert one.key == SECRET and "0123456789" not in repr(one)
 
 
 def test_health(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
