@@ -16,19 +16,13 @@ if __name__ == "__main__":  # before the other imports: the first process of a p
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from deployments.errors import StepError
-from flows.command_options import HEAD, HERE, ON_CLUSTER, ClusterWork, Json, RunId, Snapshot, Target, Work
+from flows.command_options import HEAD, HERE, ON_CLUSTER, ClusterWork, Json, RunId, Snapshot, Target, Work, shown
 from flows.trigger_cli import register
-
-
-def shown(default: Any) -> str | None:
-    """A default as the help tells it: what is off, empty or none needs no word."""
-    return None if default is False or default in ("", ()) else str(default)
-
 
 app = App(
     name="reprise",

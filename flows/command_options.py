@@ -7,7 +7,7 @@ more than cyclopts: flows.start is imported when an order is made. Not covered: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -24,6 +24,11 @@ Set = Annotated[tuple[str, ...], Parameter(name="--set", help="Change a setting:
 Snapshot = Annotated[str, Parameter(help="A cluster's state from this file, not from the cluster.")]
 Json = Annotated[bool, Parameter(name="--json", help="The same as JSON, for programs.")]
 RunId = Annotated[str, Parameter(help="As `reprise runs` names it; default: the newest.")]
+
+
+def shown(default: Any) -> str | None:
+    """A default as the help tells it: what is off, empty or none needs no word."""
+    return None if default is False or default in ("", ()) else str(default)
 
 
 @Parameter(name="*")
