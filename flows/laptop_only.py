@@ -14,7 +14,8 @@ INSTEAD = {
     "down": "a run of a cluster is ended by `reprise cancel --place cluster`, its services by kubectl -n "
     "reprise-services scale deployment --all --replicas=0",
     "serve": "a cluster's flows are started by its Deployment prefect-worker, and those that died resumed by "
-    "flow-watch of components/triggers; whether it runs: kubectl -n reprise-services rollout status deployment/prefect-worker",
+    "flow-watch of components/triggers; whether it runs: kubectl -n reprise-services rollout status "
+    "deployment/prefect-worker",
     "verify-resume": "it trains on this machine: run it at the same commit with --place laptop; a cluster's gate reads "
     "its certificate.json below trainings/KEY of the state volume's store",
     "tune-serving": "it loads the machine that it runs on: run it with --place laptop on a machine like those that "
