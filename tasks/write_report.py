@@ -59,7 +59,8 @@ def write_report(request: ReportRequest) -> Report:
     url, note = "", "no MLflow server was given"
     if request.tracking_uri and request.run_id:
         try:
-            url, note = publish(target, request.tracking_uri, request.run_id), ""
+            url = publish(target, request.tracking_uri, request.run_id, description=about(request.document))
+            note = ""
         except StepError as error:  # the page is a copy for readers: a server that is away must not fail the run
             note = str(error)
     return Report(html=str(target), url=url, bytes=target.stat().st_size, note=note)
@@ -97,8 +98,21 @@ def loss_history(request: ReportRequest) -> list[dict[str, Any]]:
     return [{"step": m.step, "loss": m.value, "time": m.timestamp / 1000} for m in history]
 
 
-def publish(file: Path, tracking_uri: str, run_id: str) -> str:
-    """Put the page beside the MLflow run as report/report.html; returns the address that shows it."""
+def about(document: Mapping[str, Any]) -> str:
+    """What the MLflow run says of itself (Markdown): who trained it, and the way back to Prefect."""
+    said = f"Run **{document['run']}**"
+    if document.get("git_sha"):
+        said += f", commit `{str(document['git_sha'])[:12]}`"
+    if document.get("cause"):
+        said += f", cause {document['cause']}"
+    prefect = str((document.get("links") or {}).get("prefect") or "")
+    back = f" [Flow run in Prefect]({prefect})." if prefect.startswith(("http://", "https://")) else ""
+    return f"{said}.{back} Its report: Artifacts, report/report.html."
+
+
+def publish(file: Path, tracking_uri: str, run_id: str, *, description: str = "") -> str:
+    """Put the page beside the MLflow run as report/report.html, and `description` on the run's page; returns
+    the address that shows the report."""
     from tasks.mlflow_server import connect, run_url, told
 
     client = connect(tracking_uri)
@@ -107,6 +121,8 @@ def publish(file: Path, tracking_uri: str, run_id: str) -> str:
         copy = Path(scratch) / "report.html"
         shutil.copyfile(file, copy)
         client.log_artifact(run_id, str(copy), "report")
+        if description:
+            client.set_tag(run_id, "mlflow.note.content", description)
     return f"{run_url(tracking_uri, run.info.experiment_id, run_id)}/artifacts/report/report.html"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deployments.errors import GiveUp
-from tasks.write_report import ReportRequest, render, write_report
+from tasks.write_report import ReportRequest, about, render, write_report
 from tests.tasks.report_kit import make_document, make_files
 
 EVALUATION = {
@@ -168,6 +168,14 @@ def test_page_is_put_beside_the_mlflow_run(document: dict[str, Any], tmp_path: P
     assert [a.path for a in client.list_artifacts(run.info.run_id, "report")] == ["report/report.html"]
     stored = client.download_artifacts(run.info.run_id, "report/report.html", str(tmp_path))
     assert Path(stored).read_bytes() == Path(report.html).read_bytes()
+    told = client.get_run(run.info.run_id).data.tags["mlflow.note.content"]
+    assert f"Run **{document['run']}**" in told and f"[Flow run in Prefect]({document['links']['prefect']})" in told
+
+
+def test_a_link_that_is_none_is_not_on_the_mlflow_page() -> None:
+    assert about({"run": "digits-1", "links": {"prefect": "javascript:alert(1)"}}) == (
+        "Run **digits-1**. Its report: Artifacts, report/report.html."
+    )
 
 
 def test_refused_run_shows_the_numbers_that_the_registry_keeps(
