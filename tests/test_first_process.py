@@ -4,6 +4,7 @@ namespace too, where a signal without a handler is thrown away."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ PROGRAMS = {
     "deployments.serving_pod": "json",
     "deployments.run_metrics": "json",
     "flows": "cyclopts",
+    "flows.cluster_zombies": "json",
 }
 
 
@@ -73,3 +75,9 @@ def test_also_as_the_first_process(program: str, tmp_path: Path) -> None:
     finally:
         outside.kill()
         outside.wait()
+
+
+def test_every_program_that_a_manifest_names_is_here() -> None:
+    manifests = "".join(path.read_text() for path in (ROOT / "deployments" / "k8s").rglob("*.yaml"))
+    named = set(re.findall(r"\[python, -m, ([\w.]+)", manifests))
+    assert "flows" in named and named <= set(PROGRAMS)
