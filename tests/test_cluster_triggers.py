@@ -174,8 +174,16 @@ def test_cancelled_it_leaves_a_checkpoint_and_retried_it_goes_on_from_it(trigger
 DECISIONS = {"deploy": 101, "refuse": 102}  # and a setting for each, so that each has an archive of its own
 
 
-def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
+@pytest.fixture
+def approval(triggers: Triggers) -> Iterator[None]:
+    """Asked for while the test lasts."""
     triggers.change(more="\n[deploy]\napproval = true\n")
+    yield
+    triggers.change(("\n[deploy]\napproval = true\n", ""))
+
+
+@pytest.mark.usefixtures("approval")
+def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
     before = triggers.chain.rollouts()
     asked = {d: triggers.start(train={"seed": 90}, overrides=[f"serve.queue={n}"]) for d, n in DECISIONS.items()}
 
@@ -195,8 +203,8 @@ def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
         triggers.prefect.call("POST", f"/flow_runs/{asked[decision]}/resume", answer)
         triggers.reaches(asked[decision], end)
     refused, approved = (triggers.document(asked[d]) for d in ("refuse", "deploy"))
-    assert refused["status"] == "refused" and refused["message"].endswith("was refused by a person: not on a Friday")
-    assert triggers.state(asked["refuse"])["message"].endswith("not on a Friday")
+    assert refused["status"] == "refused" and "was refused by a person: not on a Friday" in refused["message"]
+    assert "not on a Friday" in triggers.state(asked["refuse"])["message"]
     assert approved["status"] == "succeeded" and approved["approval"]["decision"] == "deploy"
     assert triggers.reused(approved) == STEPS[:4]
     assert triggers.chain.rollouts() == before + 1
@@ -204,7 +212,6 @@ def test_a_person_approves_or_refuses(triggers: Triggers) -> None:
         assert (job["status"].get("failed", 0), job["status"].get("active", 0)) == (0, 0), (
             "its end is an end for its Job"
         )
-    triggers.change(("\n[deploy]\napproval = true\n", ""))
 
 
 def die(triggers: Triggers, flow_run: str) -> float:
