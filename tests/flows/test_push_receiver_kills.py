@@ -185,6 +185,7 @@ def test_at_each_twenty_fifth_line(setting: Setting) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_at_every_line(setting: Setting) -> None:
     tried, before, after = through(setting, 1)
     print(f"{tried} points: {before} deaths before the answer, {after} after it, one run each")
