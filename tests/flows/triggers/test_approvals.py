@@ -39,7 +39,8 @@ def test_a_run_that_is_cancelled_while_it_waits_asks_again_when_it_is_retried(pr
     body = {"run_input": {}}
     project.prefect.call("POST", f"/flow_runs/{flow_run}/resume", body)
     assert project.state(flow_run) == "Suspended", "a resume without a decision is none"
-    assert project.prefect.set_state(flow_run, "CANCELLING", "Cancelling", "")
+    project.prefect.set_state(flow_run, "CANCELLING", "Cancelling", "")
+    assert project.state(flow_run) == "Cancelled", "at once: no process has to be told"
     until(lambda: project.document(flow_run)["status"] == "cancelled", 30, "the document says so")
     assert "asks again" in project.document(flow_run)["message"]
     assert project.prefect.set_state(flow_run, "SCHEDULED", "AwaitingRetry", "", force=True)
