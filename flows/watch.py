@@ -107,5 +107,5 @@ def _progress_text(step: str, line: str) -> str:
             return ""
         if "loss" not in entry:
             return ""
-        return f"step {entry['step']}/{entry['max_steps']}  epoch {entry['epoch']}  loss {entry['loss']:.4f}"
+        return f"step {entry['step']}/{entry['max_steps']}  epoch {entry['epoch'] + 1}  loss {entry['loss']:.4f}"
     return line.removeprefix(f"{step}: ").strip() if line.startswith(f"{step}: ") else ""

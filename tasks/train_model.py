@@ -14,8 +14,9 @@ Not covered: the trainer itself (training.launch, training.train), where it runs
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def train_model(
     """Train until complete. Raises GiveUp when a budget is spent, Cancelled when somebody stopped it."""
     spec = replace(request.spec, mlflow_run=_tracking_run(request))
     Path(spec.output).mkdir(parents=True, exist_ok=True)
-    with store.lock(f"training-{spec.key[:16]}", wait_seconds=10):
+    with store.lock(f"training-{spec.key[:16]}", wait_seconds=10), _end_told(spec, store):
         # Finished while nobody watched, an attempt's end is still to be told: it is asked for under its own name.
         while not (result := _finished(spec)) or _left_open(store.attempts(spec.key)):
             attempts = store.attempts(spec.key)
@@ -120,7 +121,6 @@ def train_model(
                 on_attempts(attempts)
             _stop_or_go_on(outcome, attempts[-1], spec)
         attempts = store.attempts(spec.key)
-    _tag_attempts(spec, attempts)
     return TrainedModel(
         key=spec.key,
         run_id=spec.mlflow_run,
@@ -165,15 +165,28 @@ def _tracking_run(request: TrainRequest) -> str:
         raise GiveUp(str(error)) from error
 
 
-def _tag_attempts(spec: TrainSpec, attempts: list[Attempt]) -> None:
-    """Best effort: the ledger is the record, the MLflow tags are a copy for whoever looks there."""
+@contextlib.contextmanager
+def _end_told(spec: TrainSpec, store: Store) -> Iterator[None]:
+    """Tell MLflow how the training ended. One that may go on by itself, or that never began, keeps its status."""
+    try:
+        yield
+    except PreflightError:
+        raise
+    except GiveUp as error:
+        _tag_attempts(spec, store.attempts(spec.key), "KILLED" if isinstance(error, Cancelled) else "FAILED")
+        raise
+    _tag_attempts(spec, store.attempts(spec.key), "FINISHED")
+
+
+def _tag_attempts(spec: TrainSpec, attempts: list[Attempt], status: str) -> None:
+    """Best effort: the ledger is the record, MLflow's tags and status are a copy for whoever looks there."""
     if not spec.mlflow_run:
         return
     rows = [f"{a.number}: {a.cause}, steps {a.from_step}-{a.to_step}" for a in attempts]
     tags = {"reprise.attempts": str(len(attempts)), "reprise.ledger": "; ".join(rows)}
     try:
         set_tags(spec.mlflow_uri, spec.mlflow_run, tags)
-        end_run(spec.mlflow_uri, spec.mlflow_run)
+        end_run(spec.mlflow_uri, spec.mlflow_run, status)
     except (TrackingUnavailable, TrackingRefused):
         return
 

@@ -46,7 +46,8 @@ def find_or_create_run(
     uri: str, experiment: str, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]
 ) -> str:
     """The id of the run with that step key, made if there is none. Call under the step's lock: the search and the
-    creation are two requests. Of several (made without the lock) the oldest is taken.
+    creation are two requests. Of several (made without the lock) the oldest is taken. One that had failed or was
+    cancelled is running again.
 
     Raises ChangedParameters naming old and new values, TrackingUnavailable, TrackingRefused.
     """
@@ -79,6 +80,8 @@ def find_or_create_run(
     missing = [{"key": k, "value": v} for k, v in wanted.items() if k not in old]
     for first in range(0, len(missing), 100):
         _ask(uri, "runs/log-batch", {"run_id": run_id, "params": missing[first : first + 100]})
+    if run["info"].get("status") in ("FAILED", "KILLED"):
+        _ask(uri, "runs/update", {"run_id": run_id, "status": "RUNNING"})
     return run_id
 
 

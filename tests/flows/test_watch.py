@@ -63,7 +63,7 @@ def test_progress_is_told_now_and_then(capsys: pytest.CaptureFixture[str]) -> No
     watch("line", {"step": "train_model", "line": "{half a line"})
     watch("line", {"step": "pull_data", "line": "pull_data: 512/1797 files"})
     watch("line", {"step": "pull_data", "line": "some other log line"})
-    assert capsys.readouterr().out == "  train_model step 0/540  epoch 2  loss 0.5000\n  pull_data 512/1797 files\n"
+    assert capsys.readouterr().out == "  train_model step 0/540  epoch 3  loss 0.5000\n  pull_data 512/1797 files\n"
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,30 @@ def test_a_cancel_leaves_a_checkpoint_to_resume_from(request_: TrainRequest, tmp
         drive(request_, Script([("cancelled", 143, 7, 7)]), tmp_path)
     trained, _ = drive(request_, Script([("complete", 0, 40, 40)]), tmp_path)
     assert trained.attempts == 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ([("spot", 137, 1, 1), ("complete", 0, 40, 40)], ["FINISHED: 1: spot, steps 0-1; 2: complete, steps 1-40"]),
+        ([("cancelled", 143, 7, 7)], ["KILLED: 1: cancelled, steps 0-7"]),
+        ([("user_error", 1, 0, 0)] * 2, ["FAILED: 1: user_error, steps 0-0; 2: user_error, steps 0-0"]),
+    ],
+)
+def test_mlflow_is_told_how_it_ended(
+    request_: TrainRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: list[Any], told: list[str]
+) -> None:
+    heard: list[str] = []
+    tags: dict[str, str] = {}
+    monkeypatch.setattr("tasks.train_model.find_or_create_run", lambda *args, **kwargs: "run")
+    monkeypatch.setattr("tasks.train_model.set_tags", lambda uri, run, new: tags.update(new))
+    monkeypatch.setattr(
+        "tasks.train_model.end_run", lambda uri, run, status: heard.append(f"{status}: {tags['reprise.ledger']}")
+    )
+    tracked = replace(request_, spec=replace(request_.spec, mlflow_uri="http://mlflow"))
+    with contextlib.suppress(GiveUp):
+        drive(tracked, Script(ends), tmp_path)
+    assert heard == told
 
 
 def test_an_attempt_left_open_by_a_killed_flow_is_asked_for_under_its_own_name(

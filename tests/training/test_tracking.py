@@ -25,6 +25,7 @@ from training.tracking import (
     MetricLog,
     TrackingRefused,
     TrackingUnavailable,
+    end_run,
     find_or_create_run,
     last_steps,
 )
@@ -85,13 +86,16 @@ class Server:
         if name == "runs/create":
             run_id = f"run{len(self.runs)}"
             tags = {t["key"]: t["value"] for t in body["tags"]}
-            self.runs[run_id] = {"info": {"run_id": run_id}, "data": {"params": []}, "tags": tags}
+            self.runs[run_id] = {"info": {"run_id": run_id, "status": "RUNNING"}, "data": {"params": []}, "tags": tags}
             return 200, {"run": self.runs[run_id]}
         if name == "runs/get":
             newest: dict[str, Any] = {}
             for metric in self.metrics:
                 newest[metric["key"]] = max(metric, newest.get(metric["key"], metric), key=lambda m: int(m["step"]))
             return 200, {"run": {"data": {"metrics": list(newest.values())}}}
+        if name == "runs/update":
+            self.runs[body["run_id"]]["info"]["status"] = body["status"]
+            return 200, {}
         assert name == "runs/log-batch"
         self.batches.append(len(body.get("metrics", [])))
         self.metrics += body.get("metrics", [])
@@ -129,6 +133,15 @@ def test_parameters_that_a_kill_left_out_are_added(server: Server) -> None:
     find(server, width=3)
     find(server, width=3, rate=0.1)
     assert [p["key"] for p in server.runs["run0"]["data"]["params"]] == ["width", "rate"]
+
+
+@pytest.mark.parametrize(("ended", "found"), [("FAILED", "RUNNING"), ("KILLED", "RUNNING"), ("FINISHED", "FINISHED")])
+def test_what_failed_or_was_cancelled_runs_again_and_what_is_finished_stays(
+    server: Server, ended: str, found: str
+) -> None:
+    run = find(server)
+    end_run(server.uri, run, ended)
+    assert find(server) == run and server.runs[run]["info"]["status"] == found
 
 
 def test_every_step_arrives_once_in_batches_of_at_most_1000(server: Server) -> None:
@@ -244,6 +257,11 @@ def test_against_a_real_mlflow_server(tmp_path: Path) -> None:
             with urllib.request.urlopen(f"{uri}/api/2.0/mlflow/{query}") as response:
                 history = json.load(response)["metrics"]
             assert sorted(int(m["step"]) for m in history) == list(range(1, 1201))
+            for ended, found in (("KILLED", "RUNNING"), ("FINISHED", "FINISHED")):
+                end_run(uri, run, ended)
+                assert find_or_create_run(uri, "digits", "key1", "a name", {}, {"width": 3}) == run
+                with urllib.request.urlopen(f"{uri}/api/2.0/mlflow/runs/get?run_id={run}") as response:
+                    assert json.load(response)["run"]["info"]["status"] == found
         finally:
             import os
             import signal
